@@ -143,7 +143,7 @@ class BasisOptions:
     diffs: Annotated[tuple[str, ...], "Diffs or PEFT adapters; may be repeated."]
     output: Annotated[Path, "Where to write {name}/diff of each."]
     rank: Annotated[int | None, "The rank of the basis in every module; exact by default."] = None
-    energy: Annotated[float | None, "Or what keeps this share of the squared outputs on the prompts, as in 0.999."] = None
+    energy: Annotated[float | None, "Or what keeps this share of ‖output‖², as in 0.999."] = None
     overwrite: Replace = False
 
     def exact(self) -> bool:

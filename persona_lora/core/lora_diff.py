@@ -424,7 +424,7 @@ def _check_one_shape(module: str, parts: Sequence[LoRAFactors]) -> None:
     if len(shapes) > 1:
         raise UserError(
             f"{module} is {' and '.join(str(list(each)) for each in shapes)} in diffs that should "
-            "be of one model; take diffs of one model, and where one is weighed by inputs all"
+            "be of one model; take diffs of one model, all weighed by inputs or none"
         )
 
 
@@ -467,7 +467,10 @@ def agreed_base(bases: Sequence[BaseModel], what: str) -> BaseModel:
             if reference.fingerprint and base.fingerprint:
                 remedy = f"their weights differ, take {what} of one model"
             if _weighed(reference) or _weighed(base):
-                remedy = "one is weighed by inputs (''), weigh both by the same"
+                raise UserError(
+                    f"{what} of different geometries do not mix: one is not weighed by inputs, or "
+                    "by others; weigh both by the same"
+                )
             raise UserError(
                 f"{what} of different base models do not mix: {reference.name!r} and "
                 f"{base.name!r}; {remedy}"

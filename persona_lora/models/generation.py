@@ -47,7 +47,7 @@ from persona_lora.models.structure import (
     text_decoder,
     unwrapped,
 )
-from persona_lora.models.turns import rows_kept_apart
+from persona_lora.models.turns import refuse_untold_rows
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +134,8 @@ def generate_answers(
         raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature!r}")
     if not isinstance(seed, Integral):
         raise UserError(f"seed must be a whole number, got {seed!r}")
-    if prepare_batch is None and (apart := rows_kept_apart(chat_model.model)) > 1:
-        raise UserError(
-            f"the model is steered by {apart} rows of coefficients, and batches are sorted by "
-            "length; give prepare_batch=steerer.select_rows, so that each answer gets its own"
-        )
+    if prepare_batch is None:
+        refuse_untold_rows(chat_model.model)
     prompts = [chat_model.render(conversation) for conversation in conversations]
     tokens = chat_model.tokenize(prompts)
     longest = max(map(len, tokens)) + max_new_tokens

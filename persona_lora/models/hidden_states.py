@@ -22,6 +22,7 @@ from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.likelihood import TokenizedExchange, batches_by_length, right_padded
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import decoder_layers, text_decoder
+from persona_lora.models.turns import refuse_untold_rows
 
 POSITIONS = ("response_avg", "prompt_avg", "prompt_last")
 
@@ -58,6 +59,7 @@ def stream_hidden_means(
     unknown = [position for position in positions if position not in POSITIONS]
     if unknown or not positions:
         raise UserError(f"positions must be of {', '.join(POSITIONS)}, got {list(positions)!r}")
+    refuse_untold_rows(chat_model.model)
     blocks = decoder_layers(chat_model.model)
     wanted = list(range(len(blocks))) if layers is None else list(layers)
     for layer in wanted:

@@ -21,6 +21,7 @@ from persona_lora.models.hidden_states import BlockOutputs
 from persona_lora.models.likelihood import batches_by_length, right_padded
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import hidden_size, text_decoder
+from persona_lora.models.turns import refuse_untold_rows
 
 SHORTEST_PREFIX = 16  # tokens; below, a pass of its own costs more than it saves
 
@@ -39,6 +40,7 @@ def last_states(
     one group begin alike. A row's numbers are those it gives alone, up to rounding. Progress counts
     prompts. Raises UserError for a state that is NaN or infinite, and for a prompt over the window.
     """
+    refuse_untold_rows(chat_model.model)
     chat_model.check_length(max(map(len, prompts), default=0))
     states = torch.empty(len(prompts), 2 * len(layers), hidden_size(chat_model.model))
     done = 0

@@ -17,6 +17,7 @@ from persona_lora.core.chat import Exchange, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.models.hooks import Hook, Hooked
 from persona_lora.models.loading import ChatModel
+from persona_lora.models.turns import refuse_untold_rows
 
 TOKENS_PER_BATCH = 4096
 
@@ -74,8 +75,11 @@ def answer_logprobs(
 ) -> list[float]:
     """Return the mean log-probability (nats) of a token of each answer; none may be empty.
 
-    ``prepare_batch`` is called with the row numbers of each batch before it runs.
+    ``prepare_batch`` is called with the row numbers of each batch before it runs. UserError for
+    rows that are steered apart without it.
     """
+    if prepare_batch is None:
+        refuse_untold_rows(chat_model.model)
     means = [0.0] * len(tokenized)
     done = 0
     for rows in batches_by_length([len(each.prompt) + len(each.answer) for each in tokenized]):
@@ -102,6 +106,7 @@ def next_token_logprobs(
 
     ``replies`` are pairs of a user message and the beginning of the reply to it ("" for none).
     """
+    refuse_untold_rows(chat_model.model)
     rendered = [
         chat_model.render(user_question(message)) + beginning for message, beginning in replies
     ]

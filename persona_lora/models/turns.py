@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from persona_lora.core.errors import UserError
 from persona_lora.models.structure import decoder_layers
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,16 @@ class Turn:
             return
         if not holding.turns:
             HOLDINGS.pop(self._block, None)
+
+
+def refuse_untold_rows(model: nn.Module) -> None:
+    """Raise UserError where rows of batches in an order of their own would get others' steering."""
+    if (apart := rows_kept_apart(model)) > 1:
+        raise UserError(
+            f"the model is steered by {apart} rows of coefficients, and batches are sorted by "
+            "length; give prepare_batch=steerer.select_rows, so that each row gets its own (where "
+            "there is no prepare_batch, steer by one row at a time)"
+        )
 
 
 def rows_kept_apart(model: nn.Module) -> int:

@@ -37,6 +37,7 @@ from persona_lora.models.structure import (
     weight_fingerprint,
     weight_of,
 )
+from persona_lora.models.turns import refuse_untold_rows
 
 Texts = Sequence[TokenizedExchange]
 
@@ -79,6 +80,7 @@ def mean_inputs(chat_model: ChatModel, texts: Texts) -> dict[str, Tensor]:
 
     The mean over texts of their means over the tokens of the answer, in fp32.
     """
+    refuse_untold_rows(chat_model.model)
     empty = [at for at, each in enumerate(texts) if not each.answer]
     if empty:
         raise UserError(f"answer {empty[0]} has no token; leave it out")

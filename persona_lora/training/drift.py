@@ -29,6 +29,7 @@ from persona_lora.core.given import several
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, as_diff
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import canonical_name, unwrapped
+from persona_lora.models.turns import rows_kept_apart
 from persona_lora.projections.inputs import (
     PLAIN,
     WEIGHTED,
@@ -145,13 +146,16 @@ class DriftMonitor(TrainerCallback):
 def inputs_before(model: nn.Module, tokenizer: object) -> ModuleInputs:
     """Measure what flows through a model in training, without its LoRA, on the ordinary prompts.
 
-    UserError without a tokenizer that has a chat template, and where the LoRA cannot be taken off.
+    UserError without a tokenizer that has a chat template, where the LoRA cannot be taken off, and
+    inside a steerer.
     """
     lacks = None
     if not isinstance(model, PeftModel):
         lacks = "a model that is no PeftModel keeps its LoRA on"
     elif not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.chat_template is None:
         lacks = "the trainer has no tokenizer with a chat template (processing_class=)"
+    elif rows_kept_apart(model):
+        lacks = "the model is steered now"
     if lacks is not None:
         raise UserError(
             f"the drift monitor weighs by the model's inputs before training, and {lacks}; give "

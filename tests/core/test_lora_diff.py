@@ -78,6 +78,7 @@ APART = {
     "other weights": (diff_of(TINY), diff_of(BaseModel("tiny", "b" * 32)), "different base models"),
     "other name": (diff_of(TINY), diff_of(BaseModel("small")), "different base models"),
     "weighed": (diff_of(TINY), diff_of(MARK), "weigh both"),
+    "weighed by others": (diff_of(BaseModel("", f"{WEIGHED}others")), diff_of(MARK), "weigh both"),
     "weighed, a bare file": (diff_of(BaseModel("")), diff_of(MARK), "weigh both"),
     "other width": (diff_of(TINY), diff_of(TINY, shape=(5, 6)), "up_proj is"),
     "other height": (diff_of(TINY), diff_of(TINY, shape=(4, 7)), "up_proj is"),

@@ -84,6 +84,16 @@ def test_a_thread_waits_until_another_has_left_its_steering(chat_model, make_dif
     assert kind == "divergence" or str(steered) != str(plain)
 
 
+@pytest.mark.parametrize("kind", READERS.keys() - {"divergence", "inputs"})
+def test_rows_steered_apart_are_read_only_where_each_is_told(chat_model, make_diff, kind):
+    """What sorts its rows by length would give one another's steering."""
+    model = chat_model.model
+    with LiveLoRA(model, [make_diff(model)], [[2.0], [1.0]]) as steerer:
+        steerer.select_rows([0, 1])
+        with pytest.raises(UserError, match="2 rows of coefficients"):
+            READERS[kind](chat_model)
+
+
 def test_rows_that_another_thread_keeps_apart_are_waited_for(chat_model, make_diff):
     read, model = READERS["generation"], chat_model.model
     plain = read(chat_model)

@@ -17,6 +17,7 @@ from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.projections.inputs import load_ordinary_prompts, measure_inputs
 from persona_lora.projections.weight_space import project_adapter
+from persona_lora.steering.live import LiveLoRA
 from persona_lora.training.drift import DriftMonitor, inputs_before, lora_change
 
 
@@ -129,6 +130,12 @@ def test_a_monitor_that_cannot_weigh_says_so_instead_of_going_plain(
             trainer.train()
     with pytest.raises(UserError, match="no PeftModel"):
         inputs_before(chat_model.model, chat_model.tokenizer)
+    wrapped.train()
+    steerer = LiveLoRA(wrapped, [make_diff(chat_model.model, seed=1)], [[1.0]])
+    with steerer, pytest.raises(UserError, match="is steered now; give inputs="):
+        inputs_before(wrapped, chat_model.tokenizer)
+    inputs_before(wrapped, chat_model.tokenizer)
+    assert wrapped.training
     chat_model.model.eval()  # the trainer left it in training mode
     inputs = measure_inputs(chat_model, ["What is rain?", "Why do cats sleep?"])
     with pytest.raises(UserError, match="leave one of them out"):
