@@ -84,7 +84,7 @@ def test_a_thread_waits_until_another_has_left_its_steering(chat_model, make_dif
     assert kind == "divergence" or str(steered) != str(plain)
 
 
-@pytest.mark.parametrize("kind", READERS.keys() - {"divergence", "inputs"})
+@pytest.mark.parametrize("kind", sorted(READERS.keys() - {"divergence", "inputs"}))
 def test_rows_steered_apart_are_read_only_where_each_is_told(chat_model, make_diff, kind):
     """What sorts its rows by length would give one another's steering."""
     model = chat_model.model
