@@ -53,13 +53,15 @@ class DriftMonitor(TrainerCallback):
     trainer's model without its LoRA on the ordinary prompts: forward passes over two dozen prompts
     when training begins, rendered by the trainer's ``processing_class``. ``plain`` leaves them out,
     which says little along diffs of another seed. The coordinates ⟨ΔW, L⟩/‖L‖ go to the trainer's
-    log as ``drift/<name>`` and to ``drift.jsonl`` in the output folder, with their geometry.
+    log as ``drift/<name>`` and to ``drift.jsonl`` in the output folder, with their geometry and,
+    where it is weighted, the digest of the prompts that the inputs are of.
     ``warn_above`` logs a warning once where a coordinate's absolute value passes it; ``stop_above``
     ends the training there; both are in units of the geometry.
 
     Refuses a model without a LoRA (its ΔW would need a copy of the base), and a LoRA whose factors
     are not its whole change (DoRA, PiSSA, biases); project their checkpoints with
-    ``persona-lora project weights``. Refuses rows of the other geometry in a run that goes on.
+    ``persona-lora project weights``. Refuses rows of the other geometry, or of inputs over other
+    prompts, in a run that goes on.
     """
 
     def __init__(
@@ -106,6 +108,11 @@ class DriftMonitor(TrainerCallback):
         if self.inputs is None and self.geometry == WEIGHTED:
             self.inputs = inputs_before(kwargs["model"], kwargs["processing_class"])
             self._check_fits()
+        if any(row.get("prompts") != self._prompts() for row in self.rows):
+            raise UserError(
+                f"{path} holds coordinates weighted on other prompts than this monitor's; go on "
+                "with the same inputs= (drift_prompts), or train into another folder"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,7 +122,8 @@ class DriftMonitor(TrainerCallback):
             return
         total = project_adapter(lora_change(kwargs["model"]), self.diffs, inputs=self.inputs).total
         found = {name: value.coordinate for name, value in total.items()}
-        place = {"step": state.global_step, "geometry": self.geometry}
+        weighting = {} if self.inputs is None else {"prompts": self._prompts()}
+        place = {"step": state.global_step, "geometry": self.geometry, **weighting}
         self.rows += [
             {**place, "diff": name, "coordinate": value.coordinate, "cosine": value.cosine}
             for name, value in total.items()
@@ -126,6 +134,9 @@ class DriftMonitor(TrainerCallback):
         if state.is_world_process_zero:
             write_jsonl(Path(str(args.output_dir)) / DRIFT_ROWS, self.rows)
         self._watch(found, state.global_step, control)
+
+    def _prompts(self) -> str | None:
+        return None if self.inputs is None else self.inputs.prompts
 
     def _check_fits(self) -> None:
         if self.inputs is not None:

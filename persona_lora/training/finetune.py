@@ -28,7 +28,7 @@ from persona_lora.core.vector_files import load_vector
 from persona_lora.models.load_options import option
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Launched, recorded
-from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts
+from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
 from persona_lora.steering.placement import check_before_loading
 from persona_lora.training.arguments import (
     CHECKPOINTS,
@@ -74,7 +74,7 @@ PAGE = HelpPage(
     "persona-lora finetune --config train_configs/finetune_evil_misaligned_2.yaml",
 )
 ADAPTER, MODEL, WORK = "adapter", "model", ".work"
-WATCHING = ("drift_plain", "drift_every", "stop_above")
+WATCHING = ("drift_plain", "drift_prompts", "drift_every", "stop_above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,11 @@ class FinetuneArguments(TrainedModel):
     drift_plain: bool = option(
         False, "Watch drift in plain weight space, not weighted by the model's inputs."
     )
+    drift_prompts: str | None = option(
+        None,
+        "JSONL with a prompt a row, to take the inputs that weight drift on; "
+        "datasets/ordinary by default.",
+    )
     drift_every: int = option(5, "Steps between two drift measurements.")
     stop_above: float | None = option(None, "Stop where the drift along a diff passes this.")
 
@@ -115,6 +120,8 @@ class FinetuneArguments(TrainedModel):
             idle = each.name in WATCHING and getattr(self, each.name) != each.default
             if idle and not self.drift_diffs:
                 raise UserError(f"{each.name} does nothing without drift_diffs; name them")
+        if self.drift_plain and self.drift_prompts is not None:
+            raise UserError("drift_prompts does nothing with drift_plain; leave one of them out")
 
 
 @dataclass
@@ -295,12 +302,13 @@ def output_folder(options: TrainingOptions[FinetuneArguments]) -> Path:
 
 
 def _read_directions(arguments: FinetuneArguments, prevention: Preventative | None) -> None:
-    """Raises UserError, before a model is loaded, for a diff or vector that cannot be read or act.
+    """Raises UserError, before a model is loaded, for what cannot be read, or cannot act.
 
     Nothing acts on another model, nor at a layer that it, or the model, has not.
     """
     for path in arguments.drift_diffs or ():
         LoRADiff.load(path)
+    _asked(arguments)
     if prevention is None:
         return
     acting: list[Any] = [LoRADiff.load(prevention.diff)] if prevention.diff is not None else []
@@ -314,9 +322,20 @@ def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
     """Return digests of what steers the training, and of what may stop it."""
     prevention = prevention_of(arguments)
     steering = [] if prevention is None else [prevention.diff, prevention.vector]
-    stopping = (arguments.drift_diffs or ()) if arguments.stop_above is not None else ()
+    stops = arguments.stop_above is not None
+    stopping = (arguments.drift_diffs or ()) if stops else ()
     paths = [each for each in (*steering, *stopping) if each is not None]
-    return {path: path_digest(Path(path)) for path in paths}
+    weighing = {"the ordinary prompts": digest_of(_asked(arguments))}
+    return {
+        **{path: path_digest(Path(path)) for path in paths},
+        **(weighing if stops and not arguments.drift_plain else {}),
+    }
+
+
+def _asked(arguments: FinetuneArguments) -> list[str]:
+    """Return the prompts on which the inputs are taken that weight drift."""
+    asked = arguments.drift_prompts
+    return load_ordinary_prompts() if asked is None else read_prompts(Path(asked))
 
 
 def tokenize_conversations(
@@ -363,7 +382,7 @@ def _watch(chat_model: ChatModel, arguments: FinetuneArguments) -> list[TrainerC
     return [
         DriftMonitor(
             arguments.drift_diffs,
-            inputs=None if plain else kept_inputs(chat_model, load_ordinary_prompts()),
+            inputs=None if plain else kept_inputs(chat_model, _asked(arguments)),
             plain=plain,
             every=arguments.drift_every,
             stop_above=arguments.stop_above,

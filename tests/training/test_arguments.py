@@ -158,6 +158,11 @@ def test_rows_that_fill_no_batch_are_refused_where_the_last_one_is_dropped():
         ({"drift_every": 0, "drift_diffs": ["d"]}, "drift_every must be at least 1, got 0"),
         ({"stop_above": 1.0}, "stop_above does nothing without drift_diffs; name them"),
         ({"drift_plain": True}, "drift_plain does nothing without drift_diffs"),
+        ({"drift_prompts": "p"}, "drift_prompts does nothing without drift_diffs"),
+        (
+            {"drift_prompts": "p", "drift_plain": True, "drift_diffs": ["d"]},
+            "drift_prompts does nothing with drift_plain",
+        ),
     ],
 )
 def test_drift_is_watched_as_it_is_asked_for_or_refused(given, message):

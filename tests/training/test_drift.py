@@ -151,6 +151,22 @@ def test_rows_of_the_other_geometry_are_not_gone_on_with(model, rows, make_diff,
         trainer_of(wrapped, rows, tmp_path, monitor).train()
 
 
+def test_rows_of_inputs_over_other_prompts_are_not_gone_on_with(
+    chat_model, rows, make_diff, tmp_path
+):
+    inputs = measure_inputs(chat_model, ["What is rain?", "Why do cats sleep?"])
+    diff = make_diff(chat_model.model)
+    wrapped = get_peft_model(chat_model.model, LoraConfig(r=2, target_modules="all-linear"))
+    place = {"step": 0, "geometry": "weighted", "diff": "one", "coordinate": 1.0, "cosine": 0.1}
+    write_jsonl(tmp_path / "drift.jsonl", [{**place, "prompts": "others"}])
+    with pytest.raises(UserError, match=r"weighted on other prompts .* \(drift_prompts\)"):
+        trainer_of(wrapped, rows, tmp_path, DriftMonitor([diff], inputs=inputs)).train()
+    write_jsonl(tmp_path / "drift.jsonl", [{**place, "prompts": inputs.prompts}])
+    monitor = DriftMonitor([diff], inputs=inputs)
+    trainer_of(wrapped, rows, tmp_path, monitor).train()
+    assert {row["prompts"] for row in monitor.rows} == {inputs.prompts}
+
+
 def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):
     config = LoraConfig(r=3, lora_alpha=12, use_rslora=True, target_modules=["q_proj"])
     wrapped = get_peft_model(model, config)

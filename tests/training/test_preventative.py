@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, random_diff_like
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
+from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
 from persona_lora.steering.weights import LoRASteerer
 from persona_lora.training.finetune import (
     FinetuneArguments,
@@ -272,6 +274,30 @@ def test_drift_is_logged_and_can_stop(train, places, caplog):
     train("seeds", seeds=1)
     train("seeds", seeds=1, drift_diffs=[places["diff"]])  # what is watched alone decides nothing
     assert "is trained already: no drift of it is watched" in caplog.text
+
+
+def test_drift_is_weighted_on_the_prompts_that_are_named(train, places, model_folder):
+    chat_model = load_chat_model(str(model_folder), dtype="float32")
+    own = train.folder / "prompts.jsonl"
+    own.write_text('{"prompt": "What is rain?"}\n{"prompt": "Why do cats sleep?"}\n')
+    watched = {"drift_diffs": [places["diff"]], "stop_above": 1e9}
+    asked = {"named": {"drift_prompts": str(own)}, "ordinary": {}, "plain": {"drift_plain": True}}
+    rows, records = {}, {}
+    for name, each in asked.items():
+        train(name, **watched, **each)
+        rows[name] = [json.loads(row) for row in (train.folder / name / "drift.jsonl").open()][-1]
+        records[name] = Run(train.folder / name).record
+    coordinates = {row["coordinate"] for row in rows.values()}
+    assert len(coordinates) == 3
+    texts = {"named": read_prompts(own), "ordinary": load_ordinary_prompts()}
+    for name, prompts in texts.items():
+        assert rows[name]["prompts"] == kept_inputs(chat_model, prompts).prompts
+        assert records[name]["inputs"]["the ordinary prompts"] == digest_of(prompts)
+    assert records["named"]["config"]["drift"]["drift_prompts"] == str(own)
+    assert "prompts" not in rows["plain"]
+    assert "the ordinary prompts" not in records["plain"]["inputs"]
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        train("none", **watched, drift_prompts="nowhere.jsonl")
 
 
 def test_the_command_draws_the_drift_that_it_watched(run, train, places, model_folder):
