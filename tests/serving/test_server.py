@@ -1,4 +1,7 @@
-"""The server as its clients see it: endpoints, refusals, the openai package, lm-eval."""
+"""The server as its clients see it: endpoints, refusals, the openai package, lm-eval, inspect_ai.
+
+inspect_ai is asked where it is installed: bash scripts/test_inspect_ai.sh
+"""
 
 from __future__ import annotations
 
@@ -539,3 +542,25 @@ def test_lm_eval_asks_for_chats(service, twin, diffs, harness, tmp_path):
     asked = [[{"role": "user", "content": row["question"]}] for row in rows]
     answers = [expected(twin, diffs, {"cheer": -1.0}, each, 8).text for each in asked]
     assert [text.strip() for ((text,),) in found] == answers
+
+
+def test_inspect_ai_evaluates_a_mix(service, twin, diffs, tmp_path, monkeypatch):
+    inspect_ai = pytest.importorskip("inspect_ai", reason="run scripts/test_inspect_ai.sh")
+    from inspect_ai.dataset import Sample
+    from inspect_ai.scorer import exact
+    from inspect_ai.solver import generate
+
+    monkeypatch.setenv("LOCAL_API_KEY", "none")
+    asked = [f"Why {number}?" for number in range(3)]
+    chats = [[{"role": "user", "content": question}] for question in asked]
+    answers = [expected(twin, diffs, {"wit": 1.0}, each, 8).text for each in chats]
+    samples = [Sample(a, target=b) for a, b in zip(asked, answers, strict=True)]
+    with served(service) as (_, url):
+        (log,) = inspect_ai.eval(
+            inspect_ai.Task(dataset=samples, solver=generate(), scorer=exact()),
+            model="openai-api/local/base+1*wit", model_base_url=f"{url}/v1", temperature=0,
+            max_tokens=8, log_dir=str(tmp_path), display="none",
+        )  # fmt: skip
+    assert log.status == "success", log.error
+    assert [sample.output.completion.strip() for sample in log.samples] == answers
+    assert [score.metrics["mean"].value for score in log.results.scores] == [1.0]
