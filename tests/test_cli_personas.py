@@ -337,8 +337,11 @@ def test_weights_are_projected_and_drawn(run, place, model_folder, tmp_path):
     assert out.count("cosine") == 2
     record = json.loads((tmp_path / "out" / "p.json").read_text())
     assert record["inputs"]["tokens"] > 0
-    for geometry, summary in zip(("weighted", "plain"), record["finetuned"], strict=False):
+    norms = {"weighted": "weighted_norm", "plain": "norm"}
+    for geometry, summary in zip(norms, record["finetuned"], strict=False):
         assert summary["geometry"] == geometry
+        whole = record["diffs"]["trait0"][norms[geometry]]
+        assert summary["delta_norm"] == pytest.approx(0.5 * whole, rel=1e-5)
         assert summary["corrected"]["trait0"] == pytest.approx(0.5, abs=1e-6)
     assert (tmp_path / "out" / "p.png").stat().st_size > 1000
 
@@ -354,6 +357,7 @@ def test_plain_projections_take_off_a_control(run, place, model_folder, tmp_path
     assert out.count("cosine") == 1
     record = json.loads((tmp_path / "out" / "p.json").read_text())
     assert (record["geometry"], record["inputs"], record["controls"]) == ("plain", None, ["tuned"])
+    assert {*record["diffs"]["trait0"]} == {"norm", "trait"}
     assert record["finetuned"][0]["delta_norm"] == pytest.approx(0, abs=1e-6)
     assert_fails(run(*words, "--finetuned-model", "tuned"), "out/p.json exists", "--overwrite")
     again = (*words, "--overwrite", "--finetuned-model")

@@ -86,7 +86,9 @@ from persona_lora.studies.steering.read_comparison import (
 )
 from persona_lora.studies.steering.read_spaces import (
     lines_of,
+    plain_table,
     read_spaces,
+    shape_line,
     spaces_picture,
     spread,
     traits_table,
@@ -450,10 +452,11 @@ def _spaces(folder: Path, page: Path) -> Part | None:
     return {
         "answer": f"{simpler} {told} is nearest to the vector of its trait.",
         "lines": lines_of(found),
-        "rank": spread(found.ranks, 1),
-        "layers": spread([each.layers for each in found.traits], 1),
+        "rank": shape_line(found, lambda each: spread([r for x in each for r in x.ranks], 1)),
+        "layers": shape_line(found, lambda each: spread([x.layers for x in each], 1)),
         "full_rank": max(row["rank"] for row in run.read("spectra")),
         "rows": traits_table(found).markdown(),
+        "plain": plain_table(found),
         "words": words_table(found) if found.words else None,
         "picture": _shown(page, "spaces", spaces_picture(run), "Weight space and activation space"),
     }

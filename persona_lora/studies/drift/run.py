@@ -354,13 +354,21 @@ def project_finetunes(
         "geometry": PLAIN if inputs is None else WEIGHTED,
         "inputs": None if inputs is None else {"prompts": inputs.prompts, "tokens": inputs.tokens},
         "controls": list(controls),
-        "diffs": {name: {"norm": diff.norm(), "trait": diff.trait} for name, diff in diffs.items()},
+        "diffs": {
+            name: {"trait": diff.trait, **_norms(diff, inputs)} for name, diff in diffs.items()
+        },
         "finetuned": [row for each in found for row in summaries(each)],
         "rows": projection_rows(found),
     }
     render_weight_projection(record).save(output.with_suffix(".png"))
     write_json(output, record)  # last: where it is, all is
     return found
+
+
+def _norms(diff: LoRADiff, inputs: ModuleInputs | None) -> dict[str, float]:
+    """Return the plain norm of a diff and, where inputs are there, the weighted one."""
+    weighted = {} if inputs is None else {"weighted_norm": inputs.weigh(diff).norm()}
+    return {"norm": diff.norm(), **weighted}
 
 
 def project_finetune(

@@ -459,6 +459,8 @@ def render_spaces(
         "Below right: a row steers a trait; how far it moves along the other traits' own shifts "
         "(1: as far as their own steering)."
     )
+    if all("effective_rank_plain" in row for row in spectra):
+        note += " Ranks and cosines of differences are weighted by the model's inputs."
     return draw.finish(figure, panels, title="Weights and activations: two spaces", note=note)
 
 

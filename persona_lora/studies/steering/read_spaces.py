@@ -5,7 +5,7 @@ Reads rows that are there; a run of before, which has one seed and asked for no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -28,28 +28,42 @@ MLP = ("mlp", "ffn", "feed_forward", "fc1", "fc2")
 # The columns that hold measured numbers; all others say of what.
 MEASURED = (
     *("cosine", "top_share", "effective_rank", "weights", "weights_plain", "activations"),
-    *("value", "residual"),
+    *("top_share_plain", "effective_rank_plain", "value", "residual"),
 )
+SHAPE = "effective rank | largest direction's share | effective layers | attention, MLP"
 FIRST_WORD = "as the first word of the answer"
 WORDS = 6  # of a trait that are shown
 
 
 @dataclass(frozen=True)
-class TraitInBoth:
-    """A trait's differences: their ranks by module, and what each does along the traits' vectors.
+class Shape:
+    """What differences of a trait are like in one geometry: effective ranks by module, and places.
 
     ``attention`` is the share of ‖ΔW‖² in attention, the rest being in MLPs (None where a module
     lies in neither, as far as its name tells), ``layers`` the effective number of layers that hold
     it, exp of the entropy of their shares. Both are of what lies in layers (NaN where nothing
-    does). ``cosines`` are those of the shift with the own vector and ``nearest`` the traits whose
-    vector is nearest, by training seed.
+    does).
     """
 
-    trait: str
     ranks: Sequence[float]
     top_share: float
     attention: float | None
     layers: float
+
+
+@dataclass(frozen=True)
+class TraitInBoth:
+    """A trait's differences: their shape, and what each does along the traits' vectors.
+
+    ``shape`` is weighted by the model's inputs and ``plain`` beside it is not; of a run of before,
+    which has the plain one alone, that is ``shape``, and ``plain`` is None. ``cosines`` are those
+    of the shift with the own vector and ``nearest`` the traits whose vector is nearest, by
+    training seed.
+    """
+
+    trait: str
+    shape: Shape
+    plain: Shape | None
     cosines: Sequence[float]
     nearest: Sequence[str]
 
@@ -82,9 +96,9 @@ class InBoth:
         return [cosine for each in self.traits for cosine in each.cosines]
 
     @property
-    def ranks(self) -> list[float]:
-        """The effective ranks of all modules of all differences."""
-        return [rank for each in self.traits for rank in each.ranks]
+    def plain(self) -> list[Shape]:
+        """The plain shapes of all traits, where weighted ones stand beside."""
+        return [each.plain for each in self.traits if each.plain is not None]
 
 
 def read_spaces(run: Run) -> InBoth:
@@ -127,22 +141,29 @@ def _seed_of(row: Row) -> str:
 
 
 def _trait(trait: str, spectra: Sequence[Row], shifts: Sequence[Row]) -> TraitInBoth:
+    by_seed = grouped(shifts, _seed_of).values()
+    return TraitInBoth(
+        trait,
+        _shape(spectra),
+        _shape(spectra, "_plain") if weighted(spectra) else None,
+        [row["cosine"] for row in shifts if row["other"] == trait],
+        [max(own, key=lambda row: row["cosine"])["other"] for own in by_seed],
+    )
+
+
+def _shape(spectra: Sequence[Row], geometry: str = "") -> Shape:
     squares = pd.DataFrame(
-        [{**row, "part": _part_of(row), "square": row["norm"] ** 2} for row in spectra]
+        [{**row, "part": _part_of(row), "square": row[f"norm{geometry}"] ** 2} for row in spectra]
     )
     inside = squares.dropna(subset="layer")  # an output head lies in no layer
     shares = inside["square"] / inside["square"].sum()
     by_layer = shares.groupby(inside["layer"]).sum()
     known = inside["part"].isin((*ATTENTION, *MLP)).all() and len(inside)
-    by_seed = grouped(shifts, _seed_of).values()
-    return TraitInBoth(
-        trait,
-        squares["effective_rank"].tolist(),
-        float(squares["top_share"].median()),
+    return Shape(
+        squares[f"effective_rank{geometry}"].tolist(),
+        float(squares[f"top_share{geometry}"].median()),
         float(shares[inside["part"].isin(ATTENTION)].sum()) if known else None,
         float(np.exp(-(by_layer * np.log(by_layer)).sum())) if len(inside) else np.nan,
-        [row["cosine"] for row in shifts if row["other"] == trait],
-        [max(own, key=lambda row: row["cosine"])["other"] for own in by_seed],
     )
 
 
@@ -156,11 +177,23 @@ def mean_over_seeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     What a key does not tell, as the layer of an output head, is one more value of it, NaN.
     """
-    frame = pd.DataFrame(list(rows)).drop(columns=["seed", "module", "norm"], errors="ignore")
+    each_has_its_own = ["seed", "module", "norm", "norm_plain"]
+    frame = pd.DataFrame(list(rows)).drop(columns=each_has_its_own, errors="ignore")
     values = [name for name in frame if name in MEASURED]
     keys = [name for name in frame if name not in MEASURED]
     means = frame.groupby(keys, sort=False, dropna=False)[values].mean()
     return means.reset_index().to_dict("records")
+
+
+def weighted(spectra: Iterable[Row]) -> bool:
+    """Return whether spectra are weighted by the model's inputs; those of before are plain."""
+    return all("norm_plain" in row for row in spectra)
+
+
+def shape_line(found: InBoth, value: Callable[[Sequence[Shape]], str]) -> str:
+    """Return a number of all traits' shapes, with the plain one in brackets where there are two."""
+    own = value([each.shape for each in found.traits])
+    return f"{own} weighted by inputs (plain {value(found.plain)})" if found.plain else own
 
 
 def spaces_picture(run: Run) -> Picture:
@@ -174,10 +207,10 @@ def spaces_content(run: Run) -> Content:
     found, title = read_spaces(run), "Weights and activations: two spaces"
     first, *others = lines_of(found)
     cosines = mean_over_seeds(run.read("cosines"))
-    weighted = all("weights_plain" in row for row in cosines)
+    both = all("weights_plain" in row for row in cosines)
     columns = {
-        f"Cosine of differences, {'weighted' if weighted else 'plain'}": "weights",
-        **({"plain": "weights_plain"} if weighted else {}),
+        f"Cosine of differences, {'weighted' if both else 'plain'}": "weights",
+        **({"plain": "weights_plain"} if both else {}),
         "of vectors": "activations",
     }
     rows = (
@@ -200,7 +233,8 @@ def spaces_content(run: Run) -> Content:
     image = Image.of(spaces_picture(run), f"{title}. {first}")
     notes = [Note(line, "") for line in (first, *others)]
     words = [words_table(found)] if found.words else []
-    return Content(title, first, (*notes, image, traits_table(found), *words, pairs, sums))
+    traits = [traits_table(found), *plain_table(found)]
+    return Content(title, first, (*notes, image, *traits, *words, pairs, sums))
 
 
 def lines_of(found: InBoth) -> list[str]:
@@ -239,28 +273,47 @@ def _range(values: Sequence[float]) -> str:
 
 def traits_table(found: InBoth) -> Table:
     """Return what each trait's differences are like, and whose vector is near what they do."""
+    weighing = "weighted by the model's inputs" if found.plain else "plain"
     rows = (
         (
             wording.title_of(each.trait),
-            spread(each.ranks, 1),
-            wording.percent(each.top_share),
-            wording.number(each.layers, 1),
-            wording.NONE
-            if each.attention is None
-            else f"{wording.percent(each.attention)}, {wording.percent(1 - each.attention)}",
+            *_shape_cells(each.shape),
             _range(each.cosines),
             f"{sum(name == each.trait for name in each.nearest)} of {len(each.nearest)}",
         )
         for each in found.traits
     )
     return Table.of(
-        "trait | effective rank | largest direction's share | effective layers | attention, MLP | "
-        "cosine of the shift with its vector | nearest",
+        f"trait | {SHAPE} | cosine of the shift with its vector | nearest",
         rows,
         "Differences by trait",
         "Effective: exp of the entropy of the shares of ‖·‖², of singular directions in a module, "
-        "and of layers. Attention, MLP: shares of what lies in layers. Cosines: mean [least, "
-        "largest] over training seeds. Nearest: for how many of its differences the own vector is.",
+        f"and of layers; ‖·‖ is {weighing}. Attention, MLP: shares of what lies in layers. "
+        "Cosines: mean [least, largest] over training seeds. Nearest: for how many of its "
+        "differences the own vector is.",
+    )
+
+
+def plain_table(found: InBoth) -> list[Table]:
+    """Return what differences are like in plain weight space, beside weighted ones: none or one."""
+    rows = [
+        (wording.title_of(each.trait), *_shape_cells(each.plain))
+        for each in found.traits
+        if each.plain is not None
+    ]
+    told = "By the Frobenius norm of ΔW, whatever flows through its modules."
+    return [Table.of(f"trait | {SHAPE}", rows, "The same, plain", told)] if rows else []
+
+
+def _shape_cells(shape: Shape) -> tuple[str, ...]:
+    attention = wording.NONE
+    if shape.attention is not None:
+        attention = f"{wording.percent(shape.attention)}, {wording.percent(1 - shape.attention)}"
+    return (
+        spread(shape.ranks, 1),
+        wording.percent(shape.top_share),
+        wording.number(shape.layers, 1),
+        attention,
     )
 
 

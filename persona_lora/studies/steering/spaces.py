@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, combinations_with_replacement, product
+from itertools import combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from persona_lora.core import progress
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
-from persona_lora.core.lora_diff import LoRADiff, layer_number, mix
+from persona_lora.core.lora_diff import LoRADiff, LoRAFactors, layer_number, mix
 from persona_lora.core.runs import Output, Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.core.vector_files import load_vector
@@ -165,10 +165,7 @@ def run_spaces(
         inputs = kept_inputs(chat_model, ordinary)
         seeds = _at_equal_effect(run, chat_model, diffs, vectors, layer, ordinary[:FEW_PROMPTS])
         _each(run, "shifts", seeds, shift_cosines)
-        _each(
-            *(run, "spectra", seeds),
-            lambda own: chain(*map(spectra, own.diffs.values(), own.diffs)),
-        )
+        _each(run, "spectra", seeds, lambda own: trait_spectra(own, inputs))
         _each(run, "cosines", seeds, lambda own: trait_cosines(own, inputs))
         _kept(run, "agreement", lambda: [agreement(run.read("cosines"))])
         _kept(run, "recognition", lambda: [recognition(run.read("shifts"), layer)])
@@ -293,32 +290,46 @@ def shift_cosines(spaces: Spaces) -> list[dict[str, Any]]:
     return rows
 
 
-def spectra(diff: LoRADiff, trait: str) -> list[dict[str, Any]]:
+def trait_spectra(spaces: Spaces, inputs: ModuleInputs) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ``spectra`` of every trait's diff, weighted by ``inputs``."""
+    for trait, diff in spaces.diffs.items():
+        weighed = inputs.weigh(diff, allow_other_base=spaces.chat_model.allow_other_base)
+        yield from spectra(diff, weighed, trait)
+
+
+def spectra(diff: LoRADiff, weighed: LoRADiff, trait: str) -> list[dict[str, Any]]:
     """Return layer, kind, norm, top share of ‖·‖² and effective rank of every module changed.
 
-    The effective rank is exp of the entropy of the shares σᵢ² / Σσ² (Roy and Vetterli 2007).
+    They are those of ``weighed``, the diff as ``ModuleInputs.weigh`` returns it; ``norm_plain`` and
+    so on are the diff's own. Modules in which either is zero are left out.
     """
     rows = []
     for name, factors in diff.factors.items():
-        core = torch.linalg.qr(factors.B.double()).R @ torch.linalg.qr(factors.A.double().T).R.T
-        squares = torch.linalg.svdvals(core).square()
-        total = float(squares.sum())
-        if total == 0:
-            continue
-        shares = (squares / total)[squares > 0]
-        rows.append(
-            {
-                "trait": trait,
-                "module": name,
-                "layer": layer_number(name),
-                "kind": name.rsplit(".", 1)[-1],
-                "norm": math.sqrt(total),
-                "top_share": float(shares.max()),
-                "effective_rank": math.exp(-float((shares * shares.log()).sum())),
-                "rank": factors.rank,
-            }
-        )
+        own, plain = (_spectrum(each.factors[name]) for each in (weighed, diff))
+        if own and plain:
+            place = {"layer": layer_number(name), "kind": name.rsplit(".", 1)[-1]}
+            beside = {f"{key}_plain": value for key, value in plain.items()}
+            measured = {**own, **beside, "rank": factors.rank}
+            rows.append({"trait": trait, "module": name, **place, **measured})
     return rows
+
+
+def _spectrum(factors: LoRAFactors) -> dict[str, float]:
+    """Return norm, top share and effective rank of B·A; nothing of a product that is zero.
+
+    The effective rank is exp of the entropy of the shares σᵢ² / Σσ² (Roy and Vetterli 2007).
+    """
+    core = torch.linalg.qr(factors.B.double()).R @ torch.linalg.qr(factors.A.double().T).R.T
+    squares = torch.linalg.svdvals(core).square()
+    total = float(squares.sum())
+    if total == 0:
+        return {}
+    shares = (squares / total)[squares > 0]
+    return {
+        "norm": math.sqrt(total),
+        "top_share": float(shares.max()),
+        "effective_rank": math.exp(-float((shares * shares.log()).sum())),
+    }
 
 
 def trait_cosines(spaces: Spaces, inputs: ModuleInputs) -> list[dict[str, Any]]:

@@ -16,8 +16,11 @@ from persona_lora.studies.steering.read_spaces import (
     FIRST_WORD,
     lines_of,
     mean_over_seeds,
+    plain_table,
     read_spaces,
+    shape_line,
     spaces_content,
+    spaces_picture,
     traits_table,
     words_table,
 )
@@ -53,7 +56,8 @@ def run(tmp_path):
         [
             {"seed": seed, "trait": trait, "module": f"model.layers.{layer}.{part}.{kind}",
              "layer": layer, "kind": kind, "norm": norm, "rank": 8, "top_share": 0.5,
-             "effective_rank": rank}
+             "effective_rank": rank, "norm_plain": 2.0, "top_share_plain": 0.3,
+             "effective_rank_plain": 7.0}
             for seed in SEEDS for trait in TRAITS for layer in (0, 1)
             for part, kind, norm, rank in (
                 ("self_attn", "q_proj", 1.0, 2.0), ("mlp", "up_proj", 3.0, 4.0)
@@ -121,12 +125,38 @@ def test_traits_are_read_over_seeds(run):
     evil, _, wry = found.traits
     assert (evil.trait, evil.nearest, wry.nearest) == ("evil", ["evil"] * 2, ["wry", "kind"])
     assert evil.cosines == pytest.approx([0.2, 0.2])
-    assert (evil.attention, evil.layers) == pytest.approx((0.1, 2.0))
+    assert (evil.shape.attention, evil.shape.layers) == pytest.approx((0.1, 2.0))
+    assert (evil.plain.attention, evil.plain.ranks) == (pytest.approx(0.5), [7.0] * 8)
     assert found.same == [(0.7, 0.05)] * 3
     assert found.different == [(0.1, 0.05)] * 6
     row = traits_table(found).rows[2]
     assert row[:5] == ("Wry", "3.0 [2.0, 4.0]", "50%", "2.0", "10%, 90%")
     assert row[5:] == ("0.20 [0.20, 0.20]", "1 of 2")
+    (beside,) = plain_table(found)
+    assert beside.rows[2] == ("Wry", "7.0 [7.0, 7.0]", "30%", "2.0", "50%, 50%")
+    said = shape_line(found, lambda shapes: str(shapes[0].top_share))
+    assert said == "0.5 weighted by inputs (plain 0.3)"
+
+
+def test_a_run_of_before_has_plain_shapes_alone_and_says_so(run):
+    kept = [
+        {key: value for key, value in row.items() if not key.endswith("_plain")}
+        for row in run.read("spectra")
+    ]
+    weighted, drawn = read_spaces(run), _texts(spaces_picture(run))
+    run.write("spectra", kept)
+    before = read_spaces(run)
+    assert "‖·‖ is weighted" in traits_table(weighted).note
+    assert "‖·‖ is plain" in traits_table(before).note
+    assert traits_table(before).rows == traits_table(weighted).rows
+    assert (plain_table(before), before.traits[0].plain) == ([], None)
+    assert shape_line(before, lambda shapes: str(shapes[0].top_share)) == "0.5"
+    assert "weighted" in drawn
+    assert "weighted" not in _texts(spaces_picture(run))
+
+
+def _texts(picture):
+    return " ".join(each.get_text() for each in picture.figure.texts)
 
 
 def test_sentences_and_section_say_the_same(run):
@@ -139,7 +169,7 @@ def test_sentences_and_section_say_the_same(run):
     assert content.lead == first
     titles = [each.title for each in content.blocks if hasattr(each, "columns")]
     assert [each.partition(",")[0] for each in titles] == [
-        "Differences by trait", "Words made likelier", "Pairs of traits",
+        "Differences by trait", "The same", "Words made likelier", "Pairs of traits",
         "Two at once against the sum",
     ]  # fmt: skip
     sums = content.blocks[-1].rows
@@ -192,15 +222,15 @@ def test_the_shares_of_attention_and_mlps_are_told_by_where_modules_lie(run, fam
     diff = LoRADiff(
         {name: LoRAFactors(torch.ones(1, 4), torch.ones(3, 1)) for name in names}, BaseModel("m")
     )
-    rows = [{"seed": seed, **row} for seed in SEEDS for row in spectra(diff, "evil")]
+    rows = [{"seed": seed, **row} for seed in SEEDS for row in spectra(diff, diff, "evil")]
     run.write("spectra", [*rows, *(r for r in run.read("spectra") if r["trait"] != "evil")])
     found = read_spaces(run)
     if any(f".{part}" in name for name in names for part in NEITHER):
-        assert found.traits[0].attention is None
+        assert found.traits[0].shape.attention is None
         assert traits_table(found).rows[0][4] == wording.NONE
     else:
         attention = [name for name in names if "attn" in name or "attention" in name]
-        assert found.traits[0].attention == pytest.approx(len(attention) / len(names))
+        assert found.traits[0].shape.attention == pytest.approx(len(attention) / len(names))
         assert all("mlp" in n or "ffn" in n or "feed_forward" in n or ".fc" in n
                    for n in set(names) - set(attention))  # fmt: skip
 
@@ -209,12 +239,16 @@ def test_a_module_in_no_layer_changes_nothing_that_is_said_of_layers(run):
     """A difference that changes the output head, much, beside the same one that does not."""
     plain = run.read("spectra")
     head = {"module": "lm_head", "layer": None, "kind": "lm_head", "norm": 9.0, "rank": 8,
-            "top_share": 0.4, "effective_rank": 3.0}  # fmt: skip
+            "top_share": 0.4, "effective_rank": 3.0, "norm_plain": 9.0, "top_share_plain": 0.4,
+            "effective_rank_plain": 3.0}  # fmt: skip
     before = read_spaces(run).traits
     heads = [{"seed": seed, "trait": trait, **head} for seed in SEEDS for trait in TRAITS]
     run.write("spectra", [*plain, *heads])
     after = read_spaces(run).traits
-    assert [(t.attention, t.layers) for t in after] == [(t.attention, t.layers) for t in before]
+    for one, other in zip(before, after, strict=True):
+        for geometry in ("shape", "plain"):
+            x, y = getattr(one, geometry), getattr(other, geometry)
+            assert (x.attention, x.layers) == (y.attention, y.layers)
     means = mean_over_seeds(run.read("spectra"))
     assert means[: len(plain) // 2] == mean_over_seeds(plain)
     assert [(row["kind"], row["effective_rank"]) for row in means[len(plain) // 2 :]] == [

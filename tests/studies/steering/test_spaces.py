@@ -31,6 +31,7 @@ from persona_lora.studies.steering.spaces import (
     shift_cosines,
     spectra,
     trait_cosines,
+    trait_spectra,
 )
 
 TRAITS = ("calm", "loud", "wry")
@@ -103,21 +104,25 @@ def test_a_shift_is_along_the_vector_that_it_was_made_of(spaces):
     assert abs(own) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_spectra_say_rank_and_norm(spaces):
-    rows = spectra(spaces.diffs["calm"], "calm")
+def test_spectra_say_rank_and_norm_weighted_and_plain(chat_model, spaces):
+    inputs = measure_inputs(chat_model, ["Hello.", "What is the time?", "Why?"])
+    rows = [row for row in trait_spectra(spaces, inputs) if row["trait"] == "calm"]
     diff = spaces.diffs["calm"]
-    assert sum(row["norm"] ** 2 for row in rows) == pytest.approx(diff.norm() ** 2)
-    values = torch.linalg.svdvals(diff.factors[rows[0]["module"]].delta().double())
-    shares = (values.square() / values.square().sum())[: rows[0]["rank"]]
-    assert rows[0]["top_share"] == pytest.approx(float(shares[0]), rel=1e-4)
-    assert rows[0]["effective_rank"] == pytest.approx(
-        math.exp(-float((shares * shares.log()).sum())), rel=1e-3
-    )
+    for of, geometry in ((inputs.weigh(diff), ""), (diff, "_plain")):
+        squares = sum(row[f"norm{geometry}"] ** 2 for row in rows)
+        assert squares == pytest.approx(of.norm() ** 2)
+        values = torch.linalg.svdvals(of.factors[rows[0]["module"]].delta().double())
+        shares = (values.square() / values.square().sum())[: rows[0]["rank"]]
+        assert rows[0][f"top_share{geometry}"] == pytest.approx(float(shares[0]), rel=1e-4)
+        assert rows[0][f"effective_rank{geometry}"] == pytest.approx(
+            math.exp(-float((shares * shares.log()).sum())), rel=1e-3
+        )
+    assert rows[0]["norm"] != pytest.approx(rows[0]["norm_plain"], rel=1e-2)
     one = LoRADiff(
         {"model.layers.0.self_attn.q_proj": LoRAFactors(torch.ones(1, 32), torch.ones(32, 1))},
         BaseModel("tiny", None),
     )
-    assert spectra(one, "one")[0]["effective_rank"] == pytest.approx(1.0)
+    assert spectra(one, one, "one")[0]["effective_rank"] == pytest.approx(1.0)
 
 
 def test_pairs_of_traits_in_both_spaces(chat_model, spaces):
