@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does inspect_ai, asking `persona-lora serve`, get the answers of the merged model? It wants an older
-# fsspec than the lock has, so it goes into an environment of its own on top of .venv (about 150 MB),
+# fsspec than the lock has, so it goes into an environment of its own on top of .venv (about 200 MB),
 # in the user's cache or in $INSPECT_VENV: bash scripts/test_inspect_ai.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

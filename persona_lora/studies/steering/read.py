@@ -132,7 +132,7 @@ def _conditions(summary: SweepSummary) -> Table:
     trait, weights = wording.title_of(summary.trait), summary.layer is None
     norm = "‖cΔW‖\n/ ‖W‖" if weights else "‖cv‖\n/ ‖h‖"
     told = (
-        "‖cΔW‖ / ‖W‖ is the relative weight norm"
+        "‖cΔW‖ / ‖W‖ is the relative weight norm (plain)"
         if weights
         else "‖cv‖ / ‖h‖ is the vector’s length over the mean length of hidden states at its layer"
     )

@@ -55,7 +55,7 @@ def _diff_content(title: str, run: Run) -> Content:
     diff = LoRADiff.load(run.folder / "diff")
     made_of = diff.sources["task_vector"]
     facts = (
-        ("‖L‖", wording.significant(diff.norm())),
+        ("‖L‖, plain", wording.significant(diff.norm())),
         ("Rank", str(diff.rank)),
         ("Modules", str(len(diff.factors))),
         *_counts(made_of),
