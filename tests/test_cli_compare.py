@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.lora_diff import BaseModel, LoRADiff
+from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.engines import remote
 from persona_lora.judges import choice
+from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
-from tests.scenes import LetterJudge
+from tests.engines.stand_in import StandIn, dies_after, served
+from tests.scenes import LetterJudge, assert_fails
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TRAITS = ("evil", "sycophancy", "hallucination")
@@ -169,3 +173,54 @@ def test_a_comparison_needs_a_strength(run, words):
     at = words.index("--coefficients") + 1
     status, _, error = run(*words[:at], "0", *words[at + 1 :])
     assert (status, "other than 0" in error) == (2, True), error
+
+
+def test_an_engine_answers_for_the_weights_and_the_rest_is_answered_here(
+    run, words, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choice, "make_judges", lambda *_: LetterJudge)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    more = ("--side-effects", "sycophancy", "--batch-size", 3)
+    status, _, error = run(*words, *more, "--output", "here")
+    assert status == 0, error
+    server = StandIn(
+        load_chat_model(str(model_folder), dtype="float32"),
+        [LoRADiff.load("checkpoints/evil/diff")],
+    )
+    with served(server) as url:
+        there = (*words, *more, "--output", "there", "--engine", url)
+        server.failing = dies_after(3)
+        assert_fails(run(*there), "no engine is left", "give the same command again")
+        assert len(Run(tmp_path / "there/eval").read("answers")) == 3
+        server.failing = lambda body: None
+        status, _, error = run(*there)
+    assert status == 0, error
+    assert Run(tmp_path / "there").read("levels") == Run(tmp_path / "here").read("levels")
+    for part in ("eval", "ood", "side_effects/sycophancy"):
+        found = Run(tmp_path / "there" / part)
+        assert found.read("answers") == Run(tmp_path / "here" / part).read("answers")
+        assert found.record["config"]["engine"] == "vllm"
+    # unsteered, three prompts and the diff, in two splits; then one prompt, of another trait
+    assert Counter(server.rows) == {"tiny": 2 * 2 * 4 + 2 * 2, "mix:c0ffee:1.0": 2 * 2 + 2}
+    assert_fails(run(*words, *more, "--output", "there"), "config.engine: 'vllm', now not set")
+
+
+def test_an_engine_holds_the_diffs_of_all_training_seeds(
+    run, words, model, model_folder, make_diff, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choice, "make_judges", lambda *_: LetterJudge)
+    diffs = []
+    for seed in range(2):
+        made = make_diff(model, seed=seed, scale=0.05, fingerprint=weight_fingerprint(model))
+        sources = {"seed": seed, "training": {"training": {}}}
+        replace(made, trait="evil", sources=sources).save(tmp_path / f"seeds/seed{seed}/diff")
+        diffs.append(LoRADiff.load(tmp_path / f"seeds/seed{seed}/diff"))
+    words = ["seeds" if each == "checkpoints/evil/diff" else each for each in words]
+    chat_model = load_chat_model(str(model_folder), dtype="float32")
+    with served(StandIn(chat_model, diffs[:1])) as url:
+        assert_fails(run(*words, "--engine", url), "does not hold the diffs", "engine command")
+    server = StandIn(chat_model, diffs)
+    with served(server) as url:
+        status, _, error = run(*words, "--engine", url)
+    assert status == 0, error
+    assert set(server.rows) == {"tiny", "mix:c0ffee:1.0,0.0", "mix:c0ffee:0.0,1.0"}

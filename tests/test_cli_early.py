@@ -382,6 +382,7 @@ def test_an_adapter_that_names_another_base_is_warned_of(world, tmp_path, caplog
 
 
 SEEDED = ("--trait-vector-dir", "seeds", "--traits", "formality")
+METHODS = ("compare-methods", *PERSON, *MADE, "--methods")
 NO_ENGINE = ("--engine", "http://127.0.0.1:9")
 
 
@@ -398,6 +399,12 @@ NO_ENGINE = ("--engine", "http://127.0.0.1:9")
         (("sweep", *CHEER, "--diff", "diff", *NO_ENGINE), "no engine answers at"),
         (("optimize", *PERSON, *MADE, *NO_ENGINE), "no engine answers at"),
         (("optimize", *PERSON, *MADE, *NO_ENGINE, "--method", "svd"), "adds no vectors"),
+        (("compare", *CHEER, *BOTH, *NO_ENGINE), "no engine answers at"),
+        ((*METHODS, "lora,prompt", *NO_ENGINE), "no engine answers at"),
+        ((*METHODS, "prompt", *NO_ENGINE), "no engine answers at"),
+        ((*METHODS, "svd,mean_diff@1", *NO_ENGINE), "adds no vectors"),
+        ((*METHODS, "lora", *NO_ENGINE, "--energy", "0.9"), "--energy does nothing with --engine"),
+        ((*METHODS, "lora", *NO_ENGINE, "--batch-size", "2"), "--batch-size does nothing with"),
     ],
 )
 def test_what_cannot_be_searched_or_reached_costs_no_weights(world, words, message):

@@ -10,17 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from persona_lora.cli.persona_commands import _state
 from persona_lora.core.chat import Verdict
-from persona_lora.core.lora_diff import LoRADiff
+from persona_lora.core.lora_diff import BaseModel, LoRADiff
 from persona_lora.core.personas import Coefficients, saved_mixes
 from persona_lora.core.runs import Run
+from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.engines import remote
 from persona_lora.judges import choice
 from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.studies.personas import bench
 from persona_lora.studies.personas.search import Generation
+from tests.engines.stand_in import StandIn, dies_after, served
 from tests.scenes import EvenCoherence, assert_fails
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +182,42 @@ def test_methods_are_compared_and_answers_rated(run, place, tmp_path):
     status, out, error = run("persona", "ratings", "sheets", "ann.csv")
     assert status == 0, error
     assert "people and judge" in out
+
+
+def test_an_engine_answers_all_methods_but_those_of_vectors(
+    run, place, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    vectors = tmp_path / "checkpoints" / "vectors"
+    for at, trait in enumerate(TRAITS):
+        directions = {layer: torch.linspace(-1, 1 + at, 32) for layer in (0, 1)}
+        made = SteeringVector(directions, BaseModel("tiny"), 2, trait=trait, method="svd")
+        made.save(vectors / trait / f"{trait}_response_avg_svd.safetensors")
+    methods = ("lora", "random", "equal", "likelihood", "prompt", "svd")
+    words = ("compare-methods", "--persona-id", "episode-000101_B", "--population-size", 3, *place)
+    words = (*words, "--methods", ",".join(methods), "--max-iterations", 1, "--save-dir")
+    status, _, error = run(*words, "here")
+    assert status == 0, error
+    diffs = [LoRADiff.load(f"checkpoints/{trait}/diff") for trait in TRAITS]
+    server = StandIn(load_chat_model(str(model_folder), dtype="float32"), diffs)
+    with served(server) as url:
+        server.failing = dies_after(6)
+        assert_fails(run(*words, "there", "--engine", url), "no engine is left")
+        server.failing = lambda body: None
+        status, _, error = run(*words, "there", "--engine", url)
+    assert status == 0, error
+    both = [Run(tmp_path / name / "comparison").read("held_out") for name in ("here", "there")]
+    assert both[0] == both[1]
+    assert {row["condition"] for row in both[0]} >= {"none", *methods}
+    records = {
+        path.parent.relative_to(tmp_path / "there").parts[0]: Run(path.parent).record["config"]
+        for path in (tmp_path / "there").rglob("run.json")
+    }
+    named = {name for name, config in records.items() if config.get("engine") == "vllm"}
+    assert named == {"comparison", "plain", *methods} - {"svd"}
+    assert set(records) - named == {"svd"}
+    assert "tiny" in server.rows
+    assert len(set(server.rows)) > 4  # mixes of the searches, and two that are not searched for
 
 
 class Shout:

@@ -171,9 +171,7 @@ class Command:
 
 X = "persona_lora."
 BENCH = {
-    f"{X}studies.personas.bench:PersonaBench.methods": [
-        types.SimpleNamespace(directions=Bank(), answered_by=lambda elsewhere: elsewhere)
-    ],
+    f"{X}studies.personas.bench:PersonaBench.methods": [types.SimpleNamespace(directions=Bank())],
     f"{X}studies.personas.bench:PersonaBench.problem": "problem",
     f"{X}studies.personas.bench:PersonaBench.sought": "problem",
 }
@@ -270,8 +268,10 @@ COMMANDS = {
             "negative_prompt": flag("odd.txt", "Be odd."),
             "side_effects": flag("sycophancy,capability", None),
             "task_limit": flag(37, beside="--side-effects capability"),
+            "engine": ENGINE,
         },
-        {
+        OPENED
+        | {
             f"{X}studies.steering.side_effects:run_side_effects": None,
             f"{X}studies.steering.run:compare": None,
             f"{X}studies.steering.run:levels_of": {},
@@ -329,8 +329,9 @@ COMMANDS = {
             "persona_id": flag("somebody"),
             "methods": flag("svd"),
             "layers": flag("0", None),
+            "engine": ENGINE,
         },
-        {f"{X}core.personas:load_persona": None},
+        OPENED | {f"{X}core.personas:load_persona": None},
     ),
     "tune-prompt": Command(
         EVIL,

@@ -34,6 +34,7 @@ from persona_lora.core.traits import Trait, load_trait
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from persona_lora.core.lora_diff import LoRADiff
     from persona_lora.judges.verdicts import Judges
     from persona_lora.models.loading import ChatModel
     from persona_lora.studies.steering.read_comparison import Comparison
@@ -58,15 +59,29 @@ class PairOfWays:
         "Of the diff, or nats as in 0.05nat (calibrate); the vector is brought to the same "
         "divergence.",
     ] = ComparisonOptions.coefficients
+    engine: shared.Engines = ()
 
     def record(self) -> dict[str, str]:
-        """Return what a run's configuration keeps of the places of both."""
-        return {"diff": str(self.diff), "vector_path": str(self.activation_vector)}
+        """Return what a run's configuration keeps of the places of both, and of who answers."""
+        places = {"diff": str(self.diff), "vector_path": str(self.activation_vector)}
+        return {**places, **shared.EngineOptions(self.engine).record()}
+
+    def answering(self) -> shared.EngineOptions:
+        """Return who answers beside the model in this process; UserError for what is no URL."""
+        engine = shared.EngineOptions(self.engine)
+        engine.check(diffs_alone=False, shared=True)
+        return engine
 
     def by_seed(self) -> dict[str, PairOfWays]:
         """Return the ways of every training seed in the diff's folder by its name."""
         found = shared.diffs_by_seed(self.diff, self.coefficients)
         return {name: dataclasses.replace(self, diff=at) for name, at in found.items()}
+
+    def held(self) -> list[LoRADiff]:
+        """Return what the engine has to hold: the diff, of all training seeds."""
+        from persona_lora.core.lora_diff import LoRADiff
+
+        return [LoRADiff.load(each.diff) for each in self.by_seed().values() if self.engine]
 
     def load(self, seed: int) -> tuple[Any, list[Any], tuple[float, ...]]:
         """Return the ways of steering, random ones beside them, and what they were made of.
@@ -130,7 +145,8 @@ def compare(
 
     Random differences and random vectors stand beside them, the trait's own prompts and neutral
     ones. A folder that train --seeds made is compared seed by seed, and the seeds are read
-    together. Run again, it goes on where it stopped.
+    together. Run again, it goes on where it stopped. An --engine answers unsteered, under prompts
+    and steered by the diff; the model in this process does the rest.
 
     Example: persona-lora compare --trait evil --diff checkpoints/evil/diff --layers 19
     --activation-vector checkpoints/vectors/evil/evil_response_avg.safetensors
@@ -139,7 +155,7 @@ def compare(
     from persona_lora.studies.steering import run as experiment
     from persona_lora.studies.steering.spaces import directions_among
 
-    loaded, parts = trait.load(), ways.by_seed()
+    engine, loaded, parts = ways.answering(), trait.load(), ways.by_seed()
     first = next(iter(parts.values()))
     bank, made, coefficients = first.load(generation.seed)
     directions = _directions(further, loaded.name, bank, ways, seeds=len(parts))
@@ -153,8 +169,10 @@ def compare(
     planned = experiment.planned_comparison(
         loaded, bank, comparing, generation, len(parts), trait.datasets_dir
     )
-    made = [*made, *directions_among(*directions)]
+    made, held = [*made, *directions_among(*directions)], ways.held()
+    engine.reach(held)
     chat_model = model.load(made, asked=said, runs=[(written[0], planned)])
+    elsewhere = engine.open(chat_model, held)
     judges = {each.label: make_judges(each, chat_model, judge) for each in judged}
     compare_one = partial(
         experiment.compare, comparing=comparing, options=generation, datasets=trait.datasets_dir
@@ -163,6 +181,7 @@ def compare(
         for to, (name, each) in zip(written, parts.items(), strict=True):
             # one seed's at a time: each brings random controls of its own, drawn anew
             bank = bank if each is first else each.load(_drawn_from(name, parts, generation))[0]
+            bank = dataclasses.replace(bank, elsewhere=elsewhere)
             found = compare_one(chat_model, loaded, bank, judges[loaded.label], to)
         at = written[0], trait.datasets_dir
         more = _further(chat_model, loaded, bank, further, directions, *at)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,7 +47,8 @@ from persona_lora.core.runs import Output, Planned, Run
 from persona_lora.core.traits import load_trait
 
 if TYPE_CHECKING:
-    from persona_lora.core.lora_diff import By
+    from persona_lora.core.lora_diff import By, LoRADiff
+    from persona_lora.core.steering_vector import SteeringVector
     from persona_lora.judges.choice import JudgeOptions
     from persona_lora.models.processes import Processes
     from persona_lora.studies.personas.bench import PersonaBench
@@ -170,11 +172,11 @@ class BenchOptions:
         methods: Sequence[str],
         by: By = "trait",
         engine: shared.EngineOptions = shared.EngineOptions(),
-    ) -> tuple[tuple[int, ...] | None, list[str]]:
-        """Return the layers of vectors, None for those that the bench chooses, and what mixes have.
+    ) -> tuple[tuple[int, ...] | None, dict[str, list[LoRADiff | SteeringVector]]]:
+        """Return the layers of vectors, None for those that the bench chooses, and the directions.
 
-        UserError for a direction that one of the methods needs and there is not, that is of another
-        model, or that an engine has not.
+        These by the names that mixes have. UserError for a direction that one of the methods needs
+        and there is not, that is of another model, or that an engine has not.
         """
         from persona_lora.steering.placement import check_before_loading
         from persona_lora.studies.personas.method_comparison import directions_by_name
@@ -186,7 +188,7 @@ class BenchOptions:
         options, anyway = model.alone(), self.allow_other_base
         check_before_loading(model.model, options, made, allow_other_base=anyway)
         engine.reach(made)
-        return chosen, sorted(found)
+        return chosen, found
 
     def trainings(self, methods: Sequence[str]) -> int:
         """Return how many training seeds the directions of the methods have."""
@@ -330,10 +332,8 @@ class Searched:
         shared.EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
         if self.method != "lora":
             refuse_useless("by", f"with --method {self.method}, whose vectors are not cut")
-        if self.engine:
-            if self.by != "trait":
-                raise UserError("an engine holds whole diffs; leave --engine or --by out")
-            refuse_useless("energy", "with --engine: cut its basis (persona-lora basis --energy)")
+        if self.engine and self.by != "trait":
+            raise UserError("an engine holds whole diffs; leave --engine or --by out")
         if self.method == "lora":
             refuse_useless("layers", "with --method lora, which acts in all layers of its diff")
         else:
@@ -466,22 +466,21 @@ def optimize(
     judge = searched.judging(judging, bench)
     asked, trained = bench.asked(prompts), bench.trainings([searched.method])
     searching = searches_of(searching, trained, front=searched.pareto)
-    layers, mixed = bench.acting(model, [searched.method], searched.by, engine)
-    check_traits(mixed, searching)
+    layers, directions = bench.acting(model, [searched.method], searched.by, engine)
+    check_traits(sorted(directions), searching)
     planned = searched.planned(asked, bench.alpha, searching, objective, generation)
     runs, datasets = [(written, planned)], searched.datasets_dir
     opened = bench.open(model, generation, judge, asked, datasets=datasets, runs=runs)
     opened.by = searched.by
     with _quiet_unless_first(opened.processes):
+        opened.elsewhere = engine.open(opened.chat_model, chain(*directions.values()))
         with console.status("judges and directions"):
             chosen = searched.methods(bench, opened, layers, folder)
-            held = [diff for each in chosen for diff in each.directions.directions]
-            elsewhere = engine.open(opened.chat_model, held)
             problem = searched.problem(opened, wanted, scorer)
         with _live(f"{name}, {searched.method}", opened) as watch:
             results = optimise_over_seeds(
                 problem,
-                [each.answered_by(elsewhere) for each in chosen],
+                chosen,
                 written,
                 searching=searching,
                 objective=objective,
@@ -547,12 +546,18 @@ class ComparedMethods:
         tuple[str, ...],
         "lora, svd, mean_diff, pca (or svd@20), random, tpe, equal, likelihood, prompt.",
     ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
+    engine: shared.Engines = ()
 
     def check(self, searching: SearchOptions) -> None:
         """UserError for an option that no compared method uses, and for a missing library."""
         from persona_lora.steering.directions import EXTRACTORS
+        from persona_lora.studies.personas.baselines import directions_of
         from persona_lora.studies.personas.search import optuna_for
 
+        vectors = [each for each in self.methods if directions_of(each) in EXTRACTORS]
+        shared.EngineOptions(self.engine).check(
+            diffs_alone=not vectors, shared=0 < len(vectors) < len(self.methods)
+        )
         among = f"with --methods {','.join(self.methods)}"
         methods = set(self.methods)
         if not set(EXTRACTORS) & methods:
@@ -586,7 +591,7 @@ def compare_methods(
     """Compare ways of giving the model a person's voice, at equal budget, on held-out prompts.
 
     The unsteered model is always among them. Intervals are over personas; run again, it goes on
-    where it stopped.
+    where it stopped. Beside --engine the model in this process answers the methods of vectors.
 
     Example: persona-lora compare-methods --persona-id episode-000101_A,episode-000117_B
     --methods lora,random,prompt --max-iterations 8
@@ -603,14 +608,16 @@ def compare_methods(
     judge = shared.judging_of(judging, beside=bench.report_judge)
     asked, trained = bench.asked(), bench.trainings(compared.methods)
     searching = method_comparison.searches_of(searching, trained)
-    layers, _ = bench.acting(model, compared.methods)
+    engine = shared.EngineOptions(compared.engine)
+    layers, directions = bench.acting(model, compared.methods, engine=engine)
     acting = method_comparison.Acting(layers, bench.alpha)
-    written = output.at(output.output)
+    written = output.at(output.output, record=engine.record())
     planned = method_comparison.planned_comparison(
         asked, generation, personas, compared.methods, trained, bench.alpha, searching, objective
     )
     planned.check(method_comparison.whole_of(written))  # below it others are seen to
     opened = bench.open(model, generation, judge, asked)
+    opened.elsewhere = engine.open(opened.chat_model, chain(*directions.values()))
     with _quiet_unless_first(opened.processes), _live("comparison", opened) as watch:
         comparison = method_comparison.compare_methods(
             opened,

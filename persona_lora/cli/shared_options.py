@@ -331,10 +331,15 @@ class EngineOptions:
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps; it may go on with other servers."""
-        return {"engine": "vllm"} if self.engine else {}
+        from persona_lora.steering.bank import ENGINE
 
-    def check(self, *, diffs_alone: bool) -> None:
-        """UserError for what an engine cannot do, before a model is loaded."""
+        return {ENGINE: "vllm"} if self.engine else {}
+
+    def check(self, *, diffs_alone: bool, shared: bool = False) -> None:
+        """UserError for what an engine cannot do, before a model is loaded.
+
+        ``shared``: the model in this process answers what it cannot.
+        """
         from persona_lora.engines.remote import engine_url
         from persona_lora.steering.bank import NO_ENGINE
 
@@ -342,9 +347,11 @@ class EngineOptions:
             return
         for url in self.engine:
             engine_url(url)
-        refuse_useless("batch_size", "with --engine, whose servers batch for themselves")
-        if not diffs_alone:
+        if not (diffs_alone or shared):
             raise UserError(NO_ENGINE)
+        reason = "with --engine, whose servers batch for themselves"
+        refuse_useless("batch_size", reason, unless=shared)
+        refuse_useless("energy", "with --engine: cut its basis (persona-lora basis --energy)")
 
     def reach(self, directions: Iterable[LoRADiff | SteeringVector]) -> None:
         """UserError, before a model is loaded, for a server that is not there or lacks a diff."""

@@ -17,6 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -116,6 +117,10 @@ class LoRADiff:
 
     def content(self) -> str:
         """Return a digest of the factors: a name and a path say nothing about them."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
         return digest_of(
             {
                 name: [tensor_digest(each.A), tensor_digest(each.B)]

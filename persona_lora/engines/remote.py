@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,19 +57,18 @@ class Handshake:
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """vLLM servers that hold the diffs, and answer as the model in this process would."""
+    """vLLM servers that hold diffs, by their digests, and answer as the model here would."""
 
     urls: tuple[str, ...]
     chat_model: ChatModel
-    digests: Mapping[LoRADiff, str]
+    held: Collection[str]
     handshakes: Sequence[Handshake]
 
     def steerer(self, rows: Sequence[Terms]) -> Steerer:
         """Return what answers rows of these mixes; UserError for a diff that is not held."""
-        unknown = [diff for row in rows for diff in row if diff not in self.digests]
-        if unknown:
+        named = list(map(_by_digest, rows))
+        if not set().union(*named) <= set(self.held):
             raise UserError("a diff is steered with that the engine was not opened with")
-        named = [{self.digests[diff]: row[diff] for diff in row} for row in rows]
         return RemoteRows(self, named)
 
     async def greet(self, server: VLLMServer) -> Holdings:
@@ -90,6 +89,14 @@ class Engine:
                         "engine command prints"
                     )
         return held
+
+
+def _by_digest(terms: Terms) -> dict[str, float]:
+    """Return coefficients by digests: diffs that were loaded twice are one."""
+    found: dict[str, float] = {}
+    for diff, value in terms.items():
+        found[short_digest(diff)] = found.get(short_digest(diff), 0.0) + value
+    return found
 
 
 async def _ask_all(
@@ -121,27 +128,25 @@ def open_engine(urls: Sequence[str], chat_model: ChatModel, diffs: Sequence[LoRA
     places = tuple(dict.fromkeys(map(engine_url, urls)))
     if not places:
         raise UserError("an engine needs the URL of at least one server")
-    digests = {diff: short_digest(diff) for diff in diffs}
+    held = {short_digest(diff): diff for diff in diffs}
     with progress.silent():
         plain = Handshake({}, mean_logprobs(chat_model, EXCHANGES))
-        handshakes = [plain, *([_told_apart(chat_model, digests, plain)] if digests else [])]
-    engine = Engine(places, chat_model, digests, handshakes)
+        handshakes = [plain, *([_told_apart(chat_model, held, plain)] if held else [])]
+    engine = Engine(places, chat_model, frozenset(held), handshakes)
     run_to_end(_ask_all(places, engine.greet))
     return engine
 
 
-def _told_apart(
-    chat_model: ChatModel, digests: Mapping[LoRADiff, str], plain: Handshake
-) -> Handshake:
+def _told_apart(chat_model: ChatModel, held: Mapping[str, LoRADiff], plain: Handshake) -> Handshake:
     """Return a mix of all diffs, each with another coefficient, that moves the texts for sure."""
     least = TOLD_APART * TOLERANCE.get(chat_model.model.dtype, USUAL_TOLERANCE)
     for strength in STRENGTHS:
-        terms = {diff: strength / (number + 1) for number, diff in enumerate(digests)}
+        terms = {diff: strength / (number + 1) for number, diff in enumerate(held.values())}
         with steer_live(chat_model, terms):
             found = mean_logprobs(chat_model, EXCHANGES)
         moved = max(abs(one - other) for one, other in zip(found, plain.expected, strict=True))
         if moved >= least:
-            return Handshake({digests[diff]: value for diff, value in terms.items()}, found)
+            return Handshake(_by_digest(terms), found)
     raise UserError(
         "the diffs change too little for a handshake with an engine; leave --engine out"
     )

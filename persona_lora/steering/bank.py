@@ -25,15 +25,16 @@ from persona_lora.steering.activations import (
     limits_of,
 )
 from persona_lora.steering.live import LiveLoRA
-from persona_lora.steering.steerer import Steerer, Together
+from persona_lora.steering.steerer import Parted, Steerer, Together
 from persona_lora.steering.weights import LoRASteerer
 
 logger = logging.getLogger(__name__)
 
+ENGINE = "engine"  # what runs record of who answers, where it is not the model in their process
 RENDERING = ("chat_template_args", "system_messages")  # what runs record of their template
 NO_ENGINE = (
-    "an engine holds diffs live and adds no vectors; leave --engine out, or steer with --diff in "
-    "--mode live, or with prompts"
+    "an engine holds diffs live and adds no vectors; leave --engine out, or steer with diffs in "
+    "--mode live, by the method lora, or with prompts"
 )
 Coefficients = Mapping[str, float]  # by the names of directions; one that is missing is 0
 
@@ -51,7 +52,8 @@ class Bank:
     """Directions by name: diffs are held live, vectors are added at their layers.
 
     ``record`` is what a run's configuration keeps of them, ``inputs`` are digests of what they
-    were made from. ``elsewhere`` is who answers, where it is not the model in this process.
+    were made from. ``elsewhere`` is who answers, where it is not the model in this process, which
+    still answers the rows of what is named in ``here``.
     """
 
     diffs: Mapping[str, LoRADiff] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Bank:
     record: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Elsewhere | None = None
+    here: Collection[str] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,11 +82,16 @@ class Bank:
         if self.elsewhere is None:
             return self.steerer(chat_model, rows)
         self._check_names(rows)
-        if self.vectors:
+        if not set(self.vectors) <= set(self.here):
             raise UserError(NO_ENGINE)
-        return self.elsewhere.steerer(
-            [{self.diffs[name]: value for name, value in row.items()} for row in rows]
+        own = {at for at, row in enumerate(rows) if any(map(row.get, self.here))}
+        far = self.elsewhere.steerer(
+            [
+                {self.diffs[name]: value for name, value in row.items() if name not in self.here}
+                for row in rows
+            ]
         )
+        return Parted(self.steerer(chat_model, rows), far, own) if own else far
 
     def steerer(self, chat_model: ChatModel, rows: Sequence[Coefficients]) -> Steerer:
         """Return a steerer whose row i is Σ ``rows[i][name]`` · direction; {} is unsteered.

@@ -6,7 +6,7 @@ until the first has left them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -128,6 +128,48 @@ class Together(Steerer):
         """Tell all of them where the responses stand."""
         for steerer in self.steerers:
             steerer.select_positions(response)
+
+
+class Parted(Steerer):
+    """Rows of two steerers: those in ``own`` are answered inside ``near``, the rest inside ``far``.
+
+    Either steers while its rows are answered.
+    """
+
+    def __init__(self, near: Steerer, far: Steerer, own: Collection[int]) -> None:
+        super().__init__()
+        self.near, self.far, self.own = near, far, own
+
+    def answers(
+        self,
+        chat_model: ChatModel,
+        conversations: Sequence[Conversation],
+        numbers: Sequence[int],
+        options: GenerationOptions,
+        plan: RowPlan,
+    ) -> list[Generated]:
+        """Answer the rows of the one, then those of the other."""
+        found: dict[int, Generated] = {}
+        for steerer, near in ((self.far, False), (self.near, True)):
+            places = [at for at, number in enumerate(numbers) if (number in self.own) == near]
+            if places:
+                asked, rows = [conversations[at] for at in places], [numbers[at] for at in places]
+                with steerer:
+                    part = steerer.answers(chat_model, asked, rows, options, _part(plan, places))
+                found.update(zip(places, part, strict=True))
+        return [found[at] for at in range(len(numbers))]
+
+
+def _part(plan: RowPlan, places: Sequence[int]) -> RowPlan:
+    """Return the plan of some of its rows, by their places."""
+
+    def told(batch: Sequence[int], generated: Sequence[Generated]) -> None:
+        if plan.on_batch is not None:
+            plan.on_batch([places[at] for at in batch], generated)
+
+    streams = places if plan.streams is None else [plan.streams[at] for at in places]
+    alike = None if plan.alike is None else [plan.alike[at] for at in places]
+    return replace(plan, streams=streams, alike=alike, on_batch=told)
 
 
 def select_batch(steerer: Steerer, rows: Sequence[int]) -> None:

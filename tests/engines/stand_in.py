@@ -19,6 +19,23 @@ from persona_lora.steering.live import LiveLoRA
 
 Reply = tuple[int, Any]
 Failing = Callable[[Mapping[str, Any]], Reply | None]
+DOWN: Reply = (503, {"error": {"message": "starting"}})
+
+
+def is_row(body: Mapping[str, Any]) -> bool:
+    """Say whether a row is asked for, and no text's log-probabilities."""
+    return "prompt_logprobs" not in body
+
+
+def dies_after(number: int) -> Failing:
+    """Answers so many rows, and then nothing any more."""
+    asked: list[Mapping[str, Any]] = []
+
+    def failing(body: Mapping[str, Any]) -> Reply | None:
+        asked.extend([body] if is_row(body) else [])
+        return DOWN if len(asked) > number else None
+
+    return failing
 
 
 class StandIn:

@@ -25,12 +25,10 @@ from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import ActivationSetting, Bank
 from persona_lora.studies.asking.run import Row, Steering, answer_rows
 from persona_lora.studies.personas.objective import Speaker
-from persona_lora.studies.personas.run import Method
 from tests.conftest import random_diff, tiny_llama
-from tests.engines.stand_in import StandIn, served
+from tests.engines.stand_in import DOWN, StandIn, dies_after, is_row, served
 
 OPTIONS = GenerationOptions(max_new_tokens=6)
-DOWN = (503, {"error": {"message": "starting"}})
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +73,8 @@ def answered(chat_model, bank, tmp_path, name="run"):
 
 
 def by_engine(chat_model, bank, *urls: str) -> Bank:
-    engine = open_engine(urls, chat_model, [*bank.diffs.values()])
-    return dataclasses.replace(bank, elsewhere=engine)
+    held = [diff for name, diff in bank.diffs.items() if name not in bank.here]
+    return dataclasses.replace(bank, elsewhere=open_engine(urls, chat_model, held))
 
 
 def test_a_server_answers_as_the_model_here_and_is_asked_for_every_mix(
@@ -120,6 +118,37 @@ def test_rows_of_one_stream_have_one_seed_and_nothing_is_sampled_beside(chat_mod
     assert sent[1]["seed"] == sent[2]["seed"]
     beside = {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
     assert all(body.items() >= beside.items() for body in sent)
+
+
+def test_a_diff_that_was_loaded_twice_is_one(chat_model, bank, serve):
+    server = StandIn(chat_model, [*bank.diffs.values()])
+    again = [dataclasses.replace(each) for each in bank.diffs.values()]
+    engine = open_engine([serve(server)], chat_model, [*bank.diffs.values(), *again])
+    assert (
+        engine.steerer([{again[0]: 1.0}]).rows == engine.steerer([{bank.diffs["calm"]: 1.0}]).rows
+    )
+    (twice,) = engine.steerer([{again[0]: 1.0, bank.diffs["calm"]: 0.5}]).rows
+    assert list(twice.values()) == [1.5]
+
+
+def test_what_is_steered_here_is_answered_here_and_the_rest_by_the_engine(
+    chat_model, bank, serve, tmp_path
+):
+    vector = SteeringVector({0: torch.ones(32)}, BaseModel("tiny", None), 2)
+    random = random_diff(chat_model.model, seed=7, rank=2, scale=0.2)
+    both = Bank({**bank.diffs, "random": random}, {"v": vector}, here=("random", "v"))
+    mixes = [{}, {"calm": 1.0, "v": 0.0}, {"random": 1.0}, {"v": 2.0}, {"calm": 1.0, "v": -2.0}]
+    plan = [Row(f"Question {at}?", Condition("mix", at), stream=1000 * at) for at in range(5)]
+    server = StandIn(chat_model, [*bank.diffs.values()])
+    found = {}
+    for name, each in (("here", both), ("there", by_engine(chat_model, both, serve(server)))):
+        with Run.open(tmp_path / name, command="test", config={}, seed=0, inputs={}) as run:
+            steerer = each.answering(chat_model, mixes)
+            found[name] = answer_rows(chat_model, plan, steerer, run, OPTIONS)
+            assert sorted(row["row"] for row in run.read("answers")) == list(range(5))
+    assert found["here"] == found["there"]
+    assert len({each.answer for each in found["here"]}) > 1
+    assert sorted(server.rows) == ["mix:c0ffee:1.0,0.0", "tiny"]
 
 
 # -- handshakes ----------------------------------------------------------------------------------
@@ -168,21 +197,6 @@ def test_a_url_where_nothing_answers_or_no_vllm_is_refused(chat_model, serve):
 
 
 # -- failures ------------------------------------------------------------------------------------
-
-
-def is_row(body) -> bool:
-    return "prompt_logprobs" not in body
-
-
-def dies_after(number):
-    """Answers so many rows, and then nothing any more."""
-    asked = []
-
-    def failing(body):
-        asked.extend([body] if is_row(body) else [])
-        return DOWN if len(asked) > number else None
-
-    return failing
 
 
 def test_rows_of_a_server_that_dies_go_to_another(chat_model, bank, serve, tmp_path):
@@ -311,12 +325,8 @@ def test_what_an_engine_cannot_do_is_refused(chat_model, bank, serve):
 
 def test_a_search_asks_the_engine_for_its_candidates(chat_model, bank, serve):
     server = StandIn(chat_model, [*bank.diffs.values()])
-    method = Method("lora", bank, dict.fromkeys(bank.names, 0.5), alpha=2.0)
-    held = method.answered_by(by_engine(chat_model, bank, serve(server)).elsewhere)
+    scales, held = dict.fromkeys(bank.names, 0.5), by_engine(chat_model, bank, serve(server))
     rows = [Row("Why?", Coefficients.of({"calm": 1.5, "evil": -1.0})), Row("Who?", None)]
-    spoken = [
-        Speaker(chat_model, each.directions, each.scales, each.alpha, OPTIONS, Processes())
-        for each in (method, held)
-    ]
+    spoken = [Speaker(chat_model, each, scales, 2.0, OPTIONS, Processes()) for each in (bank, held)]
     assert spoken[0].answers(rows) == spoken[1].answers(rows)
     assert sorted(server.rows) == ["mix:c0ffee:1.5,-1.0", "tiny"]

@@ -62,7 +62,7 @@ from persona_lora.models.loading import DEFAULT_MODEL, ChatModel, load_chat_mode
 from persona_lora.models.processes import Processes
 from persona_lora.models.structure import decoder_layers
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
-from persona_lora.steering.bank import Bank, warn_of_other_template
+from persona_lora.steering.bank import Bank, Elsewhere, warn_of_other_template
 from persona_lora.studies.asking.run import GenerationOptions
 from persona_lora.studies.personas.baselines import (
     LORA,
@@ -179,7 +179,11 @@ class Optimized:
 
 @dataclass(eq=False)
 class PersonaBench:
-    """What personas and methods share: the model, features of texts, coherence, base answers."""
+    """What personas and methods share: the model, features of texts, coherence, base answers.
+
+    ``elsewhere`` answers mixes of diffs, prompts, and unsteered where these do; vectors steer the
+    model in this process.
+    """
 
     chat_model: ChatModel
     prompts: PersonaPrompts
@@ -194,6 +198,7 @@ class PersonaBench:
     report_judge: str | None = None
     by: By = "trait"
     plain: bool = False
+    elsewhere: Elsewhere | None = None
     _voices: dict[tuple[str, str], Voices] = field(default_factory=dict, init=False, repr=False)
     _seeks_goal: bool = field(default=False, init=False, repr=False)
 
@@ -422,6 +427,8 @@ class PersonaBench:
             wanted = Wanted(self.traits, self.trait_folder, chosen, energy, trained, by)
             bank = self._load(name, wanted)
             warn_of_other_template(self.chat_model, bank.directions)
+            if bank.diffs:
+                bank = dataclasses.replace(bank, elsewhere=self.elsewhere)
             at = cache.with_stem(f"{cache.stem}_{trained}") if cache and trained else cache
             measure = partial(scales_of, self.chat_model, bank, cache=at, datasets=self.datasets)
             scales = self.processes.from_main(measure)

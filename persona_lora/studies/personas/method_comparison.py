@@ -26,6 +26,7 @@ from persona_lora.models.processes import recorded
 from persona_lora.models.structure import decoder_layers, read_layers
 from persona_lora.report.comparisons import ConditionFit, cells_of
 from persona_lora.report.trust import standing
+from persona_lora.steering.bank import ENGINE
 from persona_lora.steering.directions import EXTRACTORS
 from persona_lora.studies.asking.run import open_run
 from persona_lora.studies.personas.baselines import (
@@ -142,14 +143,15 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     for persona in personas:
         problem = bench.problem(persona)
-        rows += _prompted(problem, PROMPT in methods, output, objective)
+        rows += _prompted(bench, problem, PROMPT in methods, output, objective)
         for name in mixed:
             rows += _mixed(problem, name, loras, searching.bound, output, objective)
         for name, found in loaded.items():
+            to = output if found[0].directions.diffs else _of_vectors(output)
             results = optimise_over_seeds(
                 problem,
                 [replace(each, name=name) for each in found],
-                output.at(folder / name / f"{persona}_{name}"),
+                to.at(folder / name / f"{persona}_{name}"),
                 searching=searching,
                 objective=objective,
                 watch=None if watch is None else partial(watch, persona, name),
@@ -231,12 +233,22 @@ def _below(whole: Output, planned: Planned) -> Output:
     return replace(whole, protocol=None, config={**whole.config, "protocol": held["sha256"]})
 
 
+def _of_vectors(output: Output) -> Output:
+    """Return where searches over vectors are written, whose mixes no engine answers."""
+    config = {key: each for key, each in output.config.items() if key != ENGINE}
+    return replace(output, config=config)
+
+
 def _prompted(
-    problem: PersonaProblem, prompted: bool, output: Output, limits: ObjectiveOptions
+    bench: PersonaBench,
+    problem: PersonaProblem,
+    prompted: bool,
+    output: Output,
+    limits: ObjectiveOptions,
 ) -> list[dict[str, Any]]:
     """Return the rows of the unsteered model, and of the prompt, whose divergence is not known."""
     folder, persona = output.path, problem.persona.id
-    plain = plain_speaker(problem.chat_model, problem.generation, problem.processes)
+    plain = plain_speaker(bench.chat_model, bench.generation, bench.processes, bench.elsewhere)
     at = output.at(folder / "plain" / persona)
     config = {"system_prompt": None}
     rows = _unsearched(problem, plain, {UNSTEERED: None}, at, config, max_kl=limits.max_kl)

@@ -35,7 +35,7 @@ from persona_lora.models.generation import Generated
 from persona_lora.models.likelihood import tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
-from persona_lora.steering.bank import Bank
+from persona_lora.steering.bank import Bank, Elsewhere
 from persona_lora.studies.asking.run import Row, generate_rows
 from persona_lora.studies.personas.search import PARTS, Value
 from persona_lora.studies.steering.divergence import row_divergences
@@ -126,10 +126,13 @@ class Speaker:
 
 
 def plain_speaker(
-    chat_model: ChatModel, options: GenerationOptions, processes: Processes = Processes()
+    chat_model: ChatModel,
+    options: GenerationOptions,
+    processes: Processes = Processes(),
+    elsewhere: Elsewhere | None = None,
 ) -> Speaker:
-    """Return a speaker without directions."""
-    return Speaker(chat_model, Bank(), {}, 1.0, options, processes)
+    """Return a speaker without directions; ``elsewhere`` is who answers in place of the model."""
+    return Speaker(chat_model, Bank(elsewhere=elsewhere), {}, 1.0, options, processes)
 
 
 class RememberingJudge:

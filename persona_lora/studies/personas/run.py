@@ -39,7 +39,7 @@ from persona_lora.models.processes import Processes, recorded
 from persona_lora.report.comparisons import ConditionFit, cells_of, columns_of
 from persona_lora.report.resampling import FITS
 from persona_lora.report.scores import grouped
-from persona_lora.steering.bank import Bank, Elsewhere
+from persona_lora.steering.bank import Bank
 from persona_lora.studies.asking.run import Row, open_planned
 from persona_lora.studies.personas.bounds import bound_answers
 from persona_lora.studies.personas.choices import FILE, Part, choices_of, kept_choices
@@ -232,10 +232,6 @@ class Method:
     alpha: float = 2.0
     searcher: str = "cmaes"
     trained: str = ""
-
-    def answered_by(self, elsewhere: Elsewhere | None) -> Method:
-        """Return the same, with who answers its mixes; None is the model in this process."""
-        return replace(self, directions=replace(self.directions, elsewhere=elsewhere))
 
 
 @dataclass(frozen=True)

@@ -254,13 +254,17 @@ def bank_of_methods(
     random_vectors: Sequence[SteeringVector],
     positions: Positions = "response",
 ) -> Bank:
-    """Return a diff, a steering vector at its layers, and random controls of each."""
+    """Return a diff, a steering vector at its layers, and random controls of each.
+
+    All but the diff steer the model in this process, whoever else answers.
+    """
     diffs = {control_name(RANDOM_LORA, at): each for at, each in enumerate(random_diffs)}
     vectors = {control_name(RANDOM, at): each for at, each in enumerate(random_vectors)}
     return Bank(
         diffs={LORA: diff, **diffs},
         vectors={ACTIVATION: vector, **vectors},
         positions=positions,
+        here=(*diffs, ACTIVATION, *vectors),
         record={
             "diff_norm": diff.norm(),
             "vector_norms": list(vector.norms().values()),

@@ -301,7 +301,7 @@ def compare(
                     trait, split, conditions, samples=options.samples, max_questions=most
                 )
                 mixes = [row.condition.coefficients for row in plan]
-                answer_rows(chat_model, plan, bank.steerer(chat_model, mixes), part, options)
+                answer_rows(chat_model, plan, bank.answering(chat_model, mixes), part, options)
                 judge_answers(part, shared, trait)
             run.write("validation", part.read("validation"))  # of the judge, the same for all
         run.write("splits", [{"split": split} for split in asked])

@@ -140,7 +140,8 @@ class _Steered:
         plan = plan_rows(asked, "eval", conditions or self.conditions, samples=1)
         if before:
             plan = [replace(row, before=tuple(b)) for row, b in zip(plan, before, strict=True)]
-        steerer = self.bank.steerer(self.chat_model, [row.condition.coefficients for row in plan])
+        mixes = [row.condition.coefficients for row in plan]
+        steerer = self.bank.answering(self.chat_model, mixes)
         return answer_rows(self.chat_model, plan, steerer, part, self.options)
 
     def open(self, output: Output, command: str, *read: Mapping[str, str], **config: Any) -> Run:
