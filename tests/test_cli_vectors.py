@@ -72,6 +72,9 @@ def test_nan_in_a_vector_is_named(run, model_folder, vector_file, tmp_path):
         (("--layers", "2"), ("out of range", "0–1")),
         (("--layers", "0-5"), ("out of range", "0–1")),
         (("--layers", "one"), ("--layers must be like", "'one'")),
+        (("--layers", "0+2"), ("out of range", "0–1")),
+        (("--layers", "0+"), ("--layers 0+", "as in 10+14+18")),
+        (("--layers", "0+1,0"), ("--layers 0+1,0", "goes into another run")),
         (("--positions", "answer"), ("response, prompt, all", "'answer'")),
         (("--coefficient", "nan"), ("finite",)),
         (("--coefficient", "1", "--coefficient", "2"), ("1 --vector and 2 --coefficient",)),
@@ -95,6 +98,8 @@ def test_what_cannot_be_meant_is_refused(run, model_folder, vector_file, words, 
         ("0,1", None, 3, 0),
         ("0,1", True, 3, 3),
         ("0,1", False, 3, 0),
+        ("0+1", None, 3, 3),
+        ("0+1", False, 3, 0),
     ],
 )
 def test_random_directions_stand_beside_a_vector_where_they_are_wanted(
@@ -117,7 +122,8 @@ def test_random_directions_stand_beside_a_vector_where_they_are_wanted(
     assert all(each == pytest.approx(float(vector.directions[1].norm())) for each in lengths)
     directions = {tuple(each.directions[at].tolist()) for each in found.bank.vectors.values()
                   for at in each.directions}  # fmt: skip
-    assert len(directions) == len(methods)  # every one drawn for itself
+    at_once = layers.count("+") + 1
+    assert len(directions) == len(methods) * at_once  # every one drawn for itself
 
 
 def test_a_missing_vector_and_no_vector_are_named(run, model_folder):
@@ -298,6 +304,44 @@ def test_a_diff_without_training_is_taken_by_commands_that_take_diffs(run, make_
     assert not (tmp_path / "checkpoints").exists()
     status, _, error = run("export", "--mix", "out/diff=1", "--output", "mixed")
     assert status == 0, error
+
+
+def test_layers_with_plus_signs_act_at_once_in_every_command(
+    run, make_world, tmp_path, monkeypatch
+):
+    make_world(tmp_path)
+    monkeypatch.setitem(choice.JUDGES, "embedding", lambda *_: LetterJudge())
+    monkeypatch.setattr(choice, "sense_judge", lambda *_: LetterJudge())
+    model = ("--datasets-dir", "datasets", "--model", "model", "--dtype", "float32")
+    asked = ("--trait", "cheer", *model, "--judge", "embedding", "--max-new-tokens", 8)
+    vector = ("--vector", "vector.safetensors", "--layers")
+
+    def done(*words):
+        status, _, error = run(*words)
+        assert status == 0, error
+
+    done("calibrate", *vector, "1+0", *model, "--num-prompts", 3)
+    nats = ("--coefficients", "0.05nat", "--no-references", "--output")
+    assert_fails(run("sweep", *asked, *vector, "0,1", *nats, "out"), "one layer", "10+20")
+    done("sweep", *asked, *vector, "0+1", *nats, "swept")
+    config = Run(tmp_path / "swept").record["config"]
+    assert config["layers"] == ["0+1"]
+    ((coefficient, _),) = config["nats"]
+    steered = [row for row in Run(tmp_path / "swept").read("answers") if row["coefficient"]]
+    assert {row["layer"] for row in steered} == {"0+1"}
+    said = [row["answer"] for row in steered if row["method"] == "activation"]
+    for name, layers in (("plus", "0+1"), ("comma", "0,1")):
+        one = ("--coefficient", coefficient, "--output", f"{name}.csv")
+        done("evaluate", *asked, *vector, layers, *one)
+        assert [row["answer"] for row in Run(tmp_path / name).read("answers")] == said
+    compared = ("--diff", "diff", "--activation-vector", *vector[1:], "0+1", "--split", "eval")
+    more = ("--coefficients", 1, "--calibrate-on", "prompts", "--random-controls", 1)
+    done("compare", *asked, *compared, *more, "--output", "compared")
+    assert Run(tmp_path / "compared").record["config"]["layers"] == [0, 1]
+    assert "The vector acts at layers 0+1" in (tmp_path / "compared/report.html").read_text()
+    project = ("project", "activations", "--labelled", "cheer", "--output", "x", *model)
+    read = ("--vectors", "vector.safetensors", "--layers", "0+1")
+    assert_fails(run(*project, *read), "--layers must be like", "0+1")
 
 
 def test_vectors_with_a_condition_or_bounds_are_evaluated(run, make_world, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ class PairOfWays:
             shared.refuse_nats(self.coefficients, shared.OTHER_MODEL)
         seeds = shared.control_seeds(seed, self.random_controls)
         weights, whole = LoRADiff.load(self.diff), load_vector(self.activation_vector)
-        vector = whole.at(shared.layer_numbers(self.layers, whole.num_layers))
+        vector = whole.at(shared.layers_together(self.layers, whole.num_layers))
         length_of(weights, self.diff)
         length_of(vector, self.activation_vector)
         diffs = [random_diff_like(weights, each) for each in seeds]

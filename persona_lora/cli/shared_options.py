@@ -304,7 +304,7 @@ class MixOptions:
         if self.allow_other_base:
             refuse_nats(values, OTHER_MODEL)
         loaded: list[Any] = [(load_vector if self.vector else LoRADiff.load)(at) for at in paths]
-        layers = layers_in(self.layers, loaded) if self.vector else ()
+        layers = layers_together(self.layers, loaded[0].num_layers) if self.vector else ()
         for each, path in zip(loaded, paths, strict=True):
             length_of(each.at(layers) if layers else each, path)
         acting = acting_at(layers, self.positions) if self.vector else ""
@@ -454,6 +454,20 @@ def layer_numbers(text: str | None, num_layers: int) -> tuple[int, ...]:
     if text is None:
         return (int(USUAL_DEPTH * num_layers),)
     return read_layers(text, num_layers, "--layers")
+
+
+def layers_together(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """Return the layers that a vector acts at at once: commas and plus signs are the same here.
+
+    UserError where they are mixed, which a sweep, that takes "10,20" one by one, could not tell.
+    """
+    parts = [] if text is None else text.split("+")
+    if len(parts) > 1 and any(len(part.replace(",", " ").split()) != 1 for part in parts):
+        raise UserError(
+            f"--layers {text} must name layers that act at once as in 10+14+18, or 10+12-14; what "
+            "is swept one by one (10,14) goes into another run"
+        )
+    return layer_numbers(",".join(parts) if parts else None, num_layers)
 
 
 def layers_in(text: str | None, vectors: Collection[SteeringVector]) -> tuple[int, ...]:

@@ -289,10 +289,15 @@ class VariedOptions:
     coefficients: Annotated[
         tuple[Strength, ...], "Coefficients to try: -1,0,1; or nats, as in 0.05nat (calibrate)."
     ] = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-    layers: shared.Layers = None
+    layers: Annotated[
+        str | None,
+        'Decoder layers from 0: one by one, as in "10,20" or "0-29", or at once, "10+20"; about '
+        "0.55 deep by default.",
+    ] = None
     positions: shared.Acting = "response"
     control: Annotated[
-        bool | None, "Random directions of the same norm beside a vector; on for one layer."
+        bool | None,
+        "Random directions of the same norm beside a vector; on for one layer, or several at once.",
     ] = None
     random_controls: shared.RandomControls = 3
     allow_other_base: shared.OtherBase = False
@@ -322,17 +327,22 @@ class VariedOptions:
         if method != "activation" or self.vector is None:
             return run.prompt_population()
         loaded = load_vector(self.vector)
-        chosen = shared.layer_numbers(self.layers, loaded.num_layers)
+        chosen = shared.layers_together(self.layers, loaded.num_layers)
         length_of(loaded.at(chosen), self.vector)
-        wanted = len(chosen) == 1 if self.control is None else self.control
+        at_once = self.layers is not None and "+" in self.layers
+        one_place = at_once or len(chosen) == 1
+        wanted = one_place if self.control is None else self.control
         refuse_useless("random_controls", "without --control", unless=wanted)
         seeds = shared.control_seeds(seed, self.random_controls) if wanted else ()
         controls = [random_like(loaded, each) for each in seeds]
-        if len(chosen) > 1:
-            shared.refuse_nats(self.coefficients, "nats belong to one layer, and there are several")
+        if not one_place:
+            told = "nats belong to one layer (or to several at once, 10+20), and there are several"
+            shared.refuse_nats(self.coefficients, told)
         acting = acting_at(chosen, self.positions)
         values = coefficients_of(self.coefficients, self.vector, loaded.content(), acting)
-        found = run.vector_population(loaded, chosen, values, self.positions, controls)
+        found = run.vector_population(
+            loaded, chosen, values, self.positions, controls, at_once=at_once
+        )
         return self._with_nats(found, values)
 
     def _with_nats(self, population: Population, values: Sequence[float]) -> Population:
@@ -382,7 +392,7 @@ class CalibratedOptions:
             found[path] = diff, diff.content(), ""
         for path in self.vector:
             vector = load_vector(path)
-            layers = shared.layer_numbers(self.layers, vector.num_layers)
+            layers = shared.layers_together(self.layers, vector.num_layers)
             found[path] = vector.at(layers), vector.content(), acting_at(layers, self.positions)
         for path, (direction, *_) in found.items():
             length_of(direction, path)

@@ -27,11 +27,19 @@ class Exchange(NamedTuple):
     finished: bool = True
 
 
+Place = int | str  # where a vector acts: a layer, or several at once, "10+14+18"
+
+
+def place_of(layers: Sequence[int]) -> Place:
+    """Return what layers that are steered at once are called; of a single one its number."""
+    return layers[0] if len(layers) == 1 else "+".join(map(str, sorted(layers)))
+
+
 class Series(NamedTuple):
     """Conditions that differ by their coefficient alone: a method, and the layer it steers at."""
 
     method: str
-    layer: int | None
+    layer: Place | None
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,13 @@ class Condition:
     ``method`` is "none", "lora", "activation", "ablation", "bounded" (states held along a vector),
     "random" (a random direction), "prompt" (with ``system_prompt``), "prompt_pos" and "prompt_neg"
     (the trait's own system prompts, taken in turn over the questions), or "prompt_neutral" (ones
-    that ask for no trait). ``layer`` is where a single layer is steered.
+    that ask for no trait). ``layer`` is where a single layer is steered, or in a sweep several at
+    once.
     """
 
     method: str
     coefficient: float | None = None
-    layer: int | None = None
+    layer: Place | None = None
     system_prompt: str | None = None
 
     @property
@@ -56,7 +65,7 @@ class Condition:
 
     @property
     def direction(self) -> str:
-        """The name of what steers in a bank of directions: one layer of a vector is one of them."""
+        """The name of what steers in a bank of directions: one place of a vector is one of them."""
         return self.method if self.layer is None else f"{self.method}@{self.layer}"
 
     @property
@@ -87,7 +96,7 @@ class Answer:
     answer: str
     num_tokens: int
     finished: bool
-    layer: int | None = None
+    layer: Place | None = None
 
 
 @dataclass(frozen=True)

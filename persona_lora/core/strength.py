@@ -73,7 +73,7 @@ def refuse_nats_of(name: str, value: Any) -> None:
 
 def acting_at(layers: Sequence[int], positions: str) -> str:
     """Return where a vector acts, in words."""
-    return f"layers {','.join(map(str, layers))}, {positions} tokens"
+    return f"layers {','.join(map(str, sorted(layers)))}, {positions} tokens"
 
 
 class Moved(NamedTuple):

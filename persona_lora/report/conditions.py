@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from persona_lora.core.chat import COHERENCE
+from persona_lora.core.chat import COHERENCE, Place
 from persona_lora.report.curve import PairedDifference, TraitCurve, corrected, gaps_between
 from persona_lora.report.resampling import Estimate, Interval
 from persona_lora.report.scores import (
@@ -56,7 +56,7 @@ class ConditionSummary:
 
     method: str
     coefficient: float | None
-    layer: int | None
+    layer: Place | None
     trait: Interval
     coherence: Interval
     rows: int
@@ -76,7 +76,7 @@ def group_by_condition(scored: Iterable[ScoredAnswer]) -> Groups:
     """Group rows by condition: coefficients ascending, then layers, then the references."""
     groups = grouped(scored, lambda row: row.condition)
 
-    def place(condition: Condition) -> tuple[bool, float, int, bool, str]:
+    def place(condition: Condition) -> tuple[bool, float, Place, bool, str]:
         coefficient, layer = condition.coefficient, condition.layer
         other = condition.method not in PROMPTS
         return (

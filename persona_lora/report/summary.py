@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
-from persona_lora.core.chat import COHERENCE
+from persona_lora.core.chat import COHERENCE, Place
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.runs import Run
@@ -59,7 +59,7 @@ class SweepSummary:
     trait_judge: str
     coherence_judge: str
     method: str
-    layer: int | None
+    layer: Place | None
     conditions: tuple[ConditionSummary, ...]
     rho_means: Estimate
     rho_rows: Estimate

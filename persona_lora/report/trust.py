@@ -90,7 +90,7 @@ def _asked(run: Run) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
         }
         for row in part.read("answers"):
             value = "" if row["coefficient"] is None else f" {row['coefficient']:+.3g}"
-            layer = "" if row.get("layer") is None else f" at layer {row['layer']}"
+            layer = "" if row.get("layer") is None else f" at {wording.layers(row['layer'])}"
             place = "" if part is run else f" ({part.folder.relative_to(run.folder)})"
             condition = f"{row['method']}{value}{layer}{place}", row["coefficient"]
             yield condition, row["question_id"], row["row"] in scored

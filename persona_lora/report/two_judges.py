@@ -197,7 +197,7 @@ def _place(condition: Condition) -> str:
     said = wording.condition_label(condition.method, condition.coefficient)
     if condition.coefficient == 0:
         return "unsteered"
-    return said if condition.layer is None else f"{said} at layer {condition.layer}"
+    return said if condition.layer is None else f"{said} at {wording.layers(condition.layer)}"
 
 
 def _clusters(pairs: Sequence[Pair]) -> dict[str, Draws]:

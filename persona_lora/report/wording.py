@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from persona_lora.core.chat import Place
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
 from persona_lora.report.resampling import ALIKE, EQUAL, SCORES, Bounds, Estimate, Interval
@@ -235,9 +236,14 @@ def sweep_title(summary: SweepSummary) -> str:
     return f"{name} against the coefficient"
 
 
+def layers(place: Place) -> str:
+    """Return "layer 19", or "layers 10+14+18" of several at once."""
+    return f"layer{'s' * isinstance(place, str)} {place}"
+
+
 def at_layer(summary: SweepSummary) -> str:
-    """Return ", layer 19" where one layer is steered, to stand behind a trait's name."""
-    return "" if summary.layer is None else f", layer {summary.layer}"
+    """Return ", layer 19" where a vector steers, to stand behind a trait's name."""
+    return "" if summary.layer is None else f", {layers(summary.layer)}"
 
 
 def statistics_line(summary: SweepSummary) -> str:
@@ -263,7 +269,7 @@ def statistics_line(summary: SweepSummary) -> str:
 
 def place_line(summary: SweepSummary) -> str:
     """Return where a vector steers, and how it compares with its control; "" for a diff."""
-    place = "" if summary.layer is None else f"{summary.method} at layer {summary.layer}"
+    place = "" if summary.layer is None else f"{summary.method} at {layers(summary.layer)}"
     return "  ·  ".join(part for part in (place, control_line(summary)) if part)
 
 
@@ -364,9 +370,8 @@ def _change(summary: SweepSummary) -> str:
     if ends is None:
         return f"{name} was scored at fewer than two coefficients, so no change can be shown."
     low, high = ends
-    subject = (
-        name if summary.layer is None else f"Steered at layer {summary.layer}, {summary.trait}"
-    )
+    place = None if summary.layer is None else layers(summary.layer)
+    subject = name if place is None else f"Steered at {place}, {summary.trait}"
     return (
         f"{subject} {_verb(summary, low, high)}: {interval(low.trait)} at {label(low)}, "
         f"{interval(high.trait)} at {label(high)}."

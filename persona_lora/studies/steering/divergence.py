@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_lora.core import progress
-from persona_lora.core.chat import Condition, user_question
+from persona_lora.core.chat import Condition, Place, user_question
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import GenerationOptions
@@ -45,7 +45,7 @@ class Divergence:
     """
 
     method: str
-    layer: int | None
+    layer: Place | None
     coefficient: float
     relative_weight_norm: float | None
     relative_state_norm: float | None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from persona_lora.core.chat import place_of
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
@@ -424,6 +425,7 @@ def comparison_section(run: Run) -> Content:
     verdicts = comparison_lines(run, found, both)
     title = f"{wording.title_of(found.trait)}: weights or activations?"
     statistic = "mean" if found.statistic == "mean" else "95th percentile"
+    acting = place_of(run.record["config"]["layers"])
     points = Table.of(
         "Questions | Method | Coefficient | Mean KL | 95th percentile | "
         "Mean KL,\nordinary prompts | Trait [95%] | n | Scored | Coherence [95%] | "
@@ -431,7 +433,7 @@ def comparison_section(run: Run) -> Content:
         map(_point_row, found.points),
         "Every level",
         f"KL: nats per token, from the base model, on {MADE_EQUAL_ON[found.calibrated_on]}; "
-        f"matched by its {statistic}.",
+        f"matched by its {statistic}. The vector acts at {wording.layers(acting)}.",
     )
     blocks: tuple[Block, ...] = (
         *(Note(line, "") for line in verdicts),

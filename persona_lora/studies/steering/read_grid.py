@@ -261,7 +261,7 @@ def _method_and_layers(scored: Sequence[ScoredAnswer], trait: str) -> tuple[str,
         raise UserError(f"the grid of {trait} holds no steered answers; run the sweep first")
     method = series[0].method
     layers = [each.layer for each in series if each.method == method]
-    known = tuple(layer for layer in layers if layer is not None)
+    known = tuple(layer for layer in layers if isinstance(layer, int))
     if len(known) < len(layers):
         raise UserError(f"answers of {method} are steered at no single layer; expected a grid")
     return method, known

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from persona_lora.core import progress
-from persona_lora.core.chat import UNSTEERED, Condition
+from persona_lora.core.chat import UNSTEERED, Condition, place_of
 from persona_lora.core.content import digest_of, numbered
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
@@ -31,6 +31,7 @@ from persona_lora.judges.judging import Judge
 from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.projections.inputs import load_ordinary_prompts
+from persona_lora.report import wording
 from persona_lora.report.scores import (
     CONTROL,
     SECOND,
@@ -101,21 +102,26 @@ def vector_population(
     coefficients: Sequence[float],
     positions: Positions = "response",
     controls: Sequence[SteeringVector] = (),
+    *,
+    at_once: bool = False,
 ) -> Population:
     """Return a steering vector at many coefficients at each of several layers, one layer per row.
 
-    ``controls`` are other vectors (random ones of the same norm) that get the same layers and
-    coefficients under the methods "random", "random#2" …
+    ``at_once``: at all of the layers in each row, with the same coefficient. ``controls`` are
+    other vectors (random ones of the same norm) that get the same layers and coefficients under
+    the methods "random", "random#2" …
     """
     check_layers(layers)
     values = _values(coefficients)
     random = {control_name(CONTROL, at): each for at, each in enumerate(controls)}
     vectors = {"activation": vector, **random}
-    places = [(method, layer) for method in vectors for layer in layers]
+    groups = [list(layers)] if at_once else [[layer] for layer in layers]
+    places = {place_of(group): group for group in groups}
+    places_of_each = [(method, place) for method in vectors for place in places]
     bank = Bank(
         vectors={
-            Condition(method, layer=layer).direction: vectors[method].at([layer])
-            for method, layer in places
+            Condition(method, layer=place).direction: vectors[method].at(places[place])
+            for method, place in places_of_each
         },
         positions=positions,
         record={
@@ -124,9 +130,9 @@ def vector_population(
                 "trait": vector.trait,
                 "method": vector.method,
                 "position": vector.position,
-                "norms": {str(at): vector.at([at]).norms()[at] for at in layers},
+                "norms": {str(at): norm for at, norm in vector.at(layers).norms().items()},
             },
-            "layers": list(layers),
+            "layers": list(places),
             "coefficients": values,
             "positions": positions,
             "controls": [dict(each.sources) for each in controls],
@@ -137,7 +143,10 @@ def vector_population(
         },
     )
     steered = [
-        Condition(method, value, layer) for method, layer in places for value in values if value
+        Condition(method, value, place)
+        for method, place in places_of_each
+        for value in values
+        if value
     ]
     return Population((UNSTEERED, *steered), bank, (vector,))
 
@@ -235,7 +244,7 @@ def planned_sweep(
 def _family(conditions: Sequence[Condition]) -> tuple[str, ...]:
     """Return what is compared with the unsteered model as a protocol names it: "layer 12, +1"."""
     return tuple(
-        ("" if each.layer is None else f"layer {each.layer}, ") + f"{each.coefficient:+g}"
+        ("" if each.layer is None else f"{wording.layers(each.layer)}, ") + f"{each.coefficient:+g}"
         for each in conditions
         if each.coefficient and method_of(each.method) != CONTROL
     )

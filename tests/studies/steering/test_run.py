@@ -139,13 +139,13 @@ def vector():
 
 @pytest.fixture
 def run_population(chat_model, trait, datasets, judge, tmp_path):
-    def run(population, **options):
+    def run(population, *, output=tmp_path / "sweep", **options):
         return sweep(
             chat_model,
             trait,
             population,
             lambda: judge,
-            tmp_path / "sweep",
+            output,
             options=OPTIONS,
             datasets=datasets,
             **options,
@@ -183,6 +183,75 @@ def test_a_grid_of_layers_and_coefficients_equals_answers_steered_one_by_one(
     names = {path.name for path in result.run.iterdir()}
     assert {"grid.json", "grid.csv", "layers.png", "report.html", "sweep.csv"} <= names
     assert "divergence.jsonl" not in names
+
+
+def test_several_layers_at_once_equal_hooks_made_by_hand(run_population, chat_model, trait, vector):
+    population = vector_population(vector, (1, 0), (-1.0, 2.0), at_once=True)
+    result = run_population(population, sweeping=SweepOptions(references=False))
+    answers = rows_of(result.run, "answers")
+    assert {row["layer"] for row in answers} == {None, "0+1"}
+    for coefficient in (-1.0, 2.0):
+        steered = [row["answer"] for row in answers if row["coefficient"] == coefficient]
+        assert steered == [
+            _added_by_hand(chat_model, vector, coefficient, text)
+            for text in trait.questions["eval"]
+        ]
+
+
+def _added_by_hand(chat_model, vector, coefficient, question):
+    """Add c·v to the last token of every pass at every layer: that of the prompt, then each new."""
+
+    def add(layer, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden[:, -1] += coefficient * vector.directions[layer]
+
+    blocks = chat_model.model.model.layers
+    hooks = [
+        blocks[layer].register_forward_hook(lambda block, given, output, at=layer: add(at, output))
+        for layer in vector.layers
+    ]
+    try:
+        (answer,) = generate_answers(chat_model, [user_question(question)], max_new_tokens=8)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return answer.text
+
+
+def test_several_layers_of_which_one_alone_has_a_direction_are_that_layer(
+    run_population, vector, tmp_path
+):
+    alone = dataclasses.replace(vector, directions={**vector.directions, 0: torch.zeros(32)})
+    found = []
+    for layers, at_once in (((1,), False), ((0, 1), True)):
+        population = vector_population(alone, layers, (-1.0, 1.0), at_once=at_once)
+        run = run_population(population, output=tmp_path / f"{at_once}").run
+        answers = [(row["coefficient"], row["answer"]) for row in rows_of(run, "answers")]
+        divergences = [(row["kl_mean"], row["kl_p95"]) for row in rows_of(run, "divergence")]
+        found.append((answers, divergences))
+    assert found[0] == found[1]
+
+
+def test_a_sweep_of_several_layers_at_once_is_one_curve_that_names_them(
+    run_population, trait, vector, judge
+):
+    controls = [random_like(vector, 0)]
+    population = vector_population(vector, (0, 1), (-1.0, 1.0), controls=controls, at_once=True)
+    planned = study.planned_sweep(trait, population, SweepOptions(), OPTIONS)
+    assert set(planned.design.family) == {"layers 0+1, -1", "layers 0+1, +1"}
+    result = run_population(population)
+    assert result.summary.layer == "0+1"
+    assert result.summary.control.draws == 1
+    table = list(csv.DictReader((result.run / "sweep.csv").open()))
+    assert {row["layer"] for row in table if row["method"] in ("activation", "random")} == {"0+1"}
+    assert "layers 0+1" in (result.run / "report.html").read_text()
+    rows = (1 + 2 * 2 + 3) * 3  # unsteered, vector and control, three prompts; three questions
+    asked = [count for _, count in judge.asked if count == rows]
+    assert run_population(population).summary == result.summary
+    assert [count for _, count in judge.asked if count == rows] == asked != []
+    one_by_one = vector_population(vector, (0, 1), (-1.0, 1.0), controls=controls)
+    with pytest.raises(UserError, match="another configuration"):
+        run_population(one_by_one)
 
 
 def test_one_layer_with_its_random_control_is_a_curve_with_costs(run_population, vector):
