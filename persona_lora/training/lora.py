@@ -187,13 +187,15 @@ class LoRAArguments:
     lora_dropout: float = option(0.0, "Dropout on the input of the LoRA factors.")
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Module names, or all-linear: every linear module of the decoder."},
+        metadata={"help": "Module names (q_proj,v_proj), or all-linear: those of the decoder."},
     )
     use_rslora: bool = option(False, "Scale by lora_alpha / √lora_r instead.")
 
     def __post_init__(self) -> None:
         targets = self.lora_target_modules
-        self.lora_target_modules = [targets] if isinstance(targets, str) else targets
+        targets = [targets] if isinstance(targets, str) else targets or []
+        named = (name.strip() for each in targets for name in str(each).split(","))
+        self.lora_target_modules = [name for name in named if name]
         if self.lora_r < 1:
             raise UserError(f"lora_r must be at least 1, got {self.lora_r}")
         if self.lora_alpha <= 0:

@@ -81,6 +81,11 @@ def test_written_adapter_opens_in_peft_with_the_same_logits(chat_model, tmp_path
         torch.testing.assert_close(opened(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("given", ["q_proj, v_proj", ["q_proj,v_proj"], ["q_proj", "v_proj"]])
+def test_targets_are_named_apart_or_with_commas(given):
+    assert LoRAArguments(lora_target_modules=given).lora_target_modules == ["q_proj", "v_proj"]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
