@@ -11,6 +11,7 @@ see how much of each number is the seed. A control's mean change is taken off th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from itertools import combinations
 from pathlib import Path
@@ -30,15 +31,23 @@ def opened(paths: list[Path]) -> Folders:
     return {str(path.relative_to(shared)): LoRADiff.load(path) for path in paths}
 
 
+def _only(change: LoRADiff, other: LoRADiff) -> LoRADiff:
+    """Return a change in the modules that another one changes, too."""
+    shared = {name: each for name, each in change.factors.items() if name in other.factors}
+    return dataclasses.replace(change, factors=shared)
+
+
 def print_cosines(title: str, changes: Folders, inputs: ModuleInputs) -> None:
     weighed = {name: inputs.weigh(change) for name, change in changes.items()}
     print(f"{title}: norm, plain and weighted")
     for name, change in changes.items():
         print(f"  {name}: {change.norm():.3f}, {weighed[name].norm():.3f}")
-    print(f"{title}: cosine, plain and weighted")
+    print(f"{title}: cosine, plain and weighted; weighted over the modules that both change")
     for one, other in combinations(changes, 2):
         plain, weighted = (each[one].cosine(each[other]) for each in (changes, weighed))
-        print(f"  {one} and {other}: {plain:+.3f}, {weighted:+.3f}")
+        left, right = weighed[one], weighed[other]
+        over = _only(left, right).cosine(_only(right, left))
+        print(f"  {one} and {other}: {plain:+.3f}, {weighted:+.3f}; {over:+.3f}")
 
 
 def print_coordinates(
