@@ -435,7 +435,12 @@ def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path)
         made.write(
             "verdicts",
             [
-                {"row": at, "criterion": criterion, "score": score + at, "judge": "j"}
+                {
+                    "row": at,
+                    "criterion": criterion,
+                    "score": score + at,
+                    "judge": "j (unfit for x)" if criterion == "x" else "j",
+                }
                 for at in range(4)
                 for criterion in ("x", "coherence")
             ],
@@ -444,6 +449,7 @@ def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path)
         status, out, error = run("paired", *words, "--output", "table.csv", "--overwrite")
         assert status == 0, error
         told = next(line for line in out.splitlines() if "x_1.0" in line)
+        assert "Judge: j (unfit for x)." in out
         assert re.match(r"x_1\.0 31\.5 \[\S+ \S+\] 4 100% \+?20\.0", " ".join(told.split()))
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert (rows[1]["run"], float(rows[1]["trait"]), float(rows[1]["difference"])) == (

@@ -378,12 +378,13 @@ def paired(
     Example: persona-lora paired results/drift/evil/plain results/drift/evil/weights
     """
     from persona_lora.report.comparisons import RUN_COLUMNS, compare_runs, run_table, write_found
+    from persona_lora.report.wording import judged_by
 
     if output is not None:
         shared.refuse_to_replace(output, overwrite)
     first, *others = (Run(shared.run_folder(path)) for path in (reference, *runs))
     found = compare_runs(others, first)
-    show(run_table(found))
+    show(run_table(found), judged_by(*(each.judge for each in found)).strip())
     if output is not None:
         write_found(output, RUN_COLUMNS, found)
 

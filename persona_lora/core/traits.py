@@ -25,7 +25,8 @@ LABELLED = "judge_eval.jsonl"
 ON_POLICY = "onpolicy.jsonl"
 # What stands beside a trait's scores: a trait of such a name would be taken for it, or lost in it.
 RESERVED = frozenset(
-    {COHERENCE, "sense", "question", "prompt", "answer", "method", "layer", "coefficient", "seed"}
+    (COHERENCE, "sense", "question", "prompt", "answer", "judge")
+    + ("method", "layer", "coefficient", "seed")
 )
 FINETUNING_LEVELS = ("normal", "misaligned_1", "misaligned_2")
 PUBLISHED_FOLDERS: dict[Split, str] = {"extract": "trait_data_extract", "eval": "trait_data_eval"}

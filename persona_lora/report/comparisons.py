@@ -31,7 +31,7 @@ from persona_lora.report.resampling import (
     bootstrap_mean,
     sign_flip_p,
 )
-from persona_lora.report.scores import SECOND_SUFFIX, judges_of, minus
+from persona_lora.report.scores import JUDGE, SECOND_SUFFIX, judges_of, minus
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import trait_of
 from persona_lora.report.two_way import mean_gap
@@ -149,7 +149,9 @@ def write_found(
     for row, other in zip(rows, second, strict=True) if second else ():
         own = cells_of(other, of_the_trait)
         row.update({f"{name}{SECOND_SUFFIX}": cell for name, cell in own.items()})
-    write_csv(path, list(rows[0]) if rows else list(columns), rows)
+    names = list(rows[0]) if rows else list(columns)
+    # Who judged stands last, so that what is read by its place stays there.
+    write_csv(path, sorted(names, key=lambda name: name.removesuffix(SECOND_SUFFIX) == JUDGE), rows)
 
 
 GAP_COLUMNS = (
@@ -161,7 +163,7 @@ GAP_COLUMNS = (
 
 RUN_COLUMNS = columns_of(
     *("run=name", "trait=trait.mean", "low=trait.low", "high=trait.high", "n=trait.n_questions"),
-    *("coverage=trait.coverage", "coherence=coherence.mean", *GAP_COLUMNS),
+    *("coverage=trait.coverage", "coherence=coherence.mean", *GAP_COLUMNS, JUDGE),
 )
 
 
@@ -171,6 +173,7 @@ class PairedRun:
 
     ``difference`` is over questions that both runs have, ``p`` a two-sided sign-flip test on the
     questions' means, ``p_holm`` corrected over the runs compared; None for the reference itself.
+    ``judge`` names who judged, with what the run says of its fitness.
     """
 
     name: str
@@ -179,6 +182,7 @@ class PairedRun:
     difference: Interval | None
     p: float | None
     p_holm: float | None = None
+    judge: str = ""
 
 
 def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
@@ -215,7 +219,10 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
     scored, coherent = (means(table, **place, scale=SCORES) for table in (scores, coherence))
     return corrected(
         [
-            PairedRun(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p)
+            PairedRun(
+                *(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p),
+                judge=judges_of(run.read("verdicts"), trait, COHERENCE),
+            )
             for at, run in enumerate(every)
         ]
     )
@@ -249,7 +256,7 @@ def _scored(run: Run, criterion: str, at: int, numbers: dict[str, int]) -> pd.Da
 
 TASK_COLUMNS = columns_of(
     *("condition", "task", "metric", "score=score.mean", "low=score.low", "high=score.high"),
-    *("n=score.n", *GAP_COLUMNS),
+    *("n=score.n", *GAP_COLUMNS, JUDGE),
 )
 PROBE = ", "  # between a behaviour and what it is probed with, in the name of a task
 TOLD_BY_TASK = ("score", "nats")  # metrics that a task's name says
@@ -260,7 +267,8 @@ class TaskScore:
     """One task under one condition, with the paired difference from the unsteered model.
 
     Scores are means over items: accuracies, or for "perplexity" the mean log-probability of a
-    token (nats; larger is better, and e^−score is the perplexity).
+    token (nats; larger is better, and e^−score is the perplexity). ``judge`` names who gave them;
+    "" for what no judge did.
     """
 
     condition: str
@@ -270,6 +278,7 @@ class TaskScore:
     difference: Interval | None
     p: float | None
     p_holm: float | None = None
+    judge: str = ""
 
     @property
     def measure(self) -> str:

@@ -29,7 +29,7 @@ from persona_lora.report.two_way import mean_gap, mean_over_draws
 
 LONG_COLUMNS = (
     *("trait", "method", "layer", "coefficient", "nats", "statistic"),
-    *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
+    *("value", "low", "high", "n", "n_questions", "coverage", "reason", "judge"),
 )
 DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
 
@@ -141,7 +141,7 @@ def divergence_of(condition: Condition, divergences: Iterable[Row]) -> Row:
 
 
 def condition_rows(trait: str, each: ConditionSummary) -> list[dict[str, Any]]:
-    """Return one condition in long format: one row under ``LONG_COLUMNS`` for each statistic."""
+    """Return one condition in long format: a row for each statistic, without who judged."""
     place = {
         "trait": trait,
         "method": each.method,

@@ -143,27 +143,42 @@ def question_means(cluster: Cluster) -> dict[int, float]:
 
 
 UNFIT = "unfit for"  # behind a judge's name, before that of a criterion
+JUDGE = "judge"  # the column that says who judged, the last one of a table
 
 
-def judges_of(verdicts: Iterable[Row], criterion: str, *, bare: bool = False) -> str:
-    """Return the names of the judges that gave verdicts on a criterion.
+def judges_of(verdicts: Iterable[Row], *criteria: str, bare: bool = False) -> str:
+    """Return the names of the judges that gave verdicts on criteria, as ``marked`` has them.
 
     ``bare`` leaves out what a run says of their fitness on its own model.
     """
-    said = {str(v["judge"]) for v in verdicts if v["criterion"] == criterion}
+    said = {str(v.get(JUDGE, "")) for v in verdicts if v["criterion"] in criteria}
     names = {each.partition(f" ({UNFIT}")[0] for each in said} if bare else said
-    return ", ".join(sorted(names))
+    return marked(*sorted(names))
+
+
+def marked(*judges: str) -> str:
+    """Return the names of judges, each once: "reader (unfit for evil)" stands for "reader", too."""
+    said = dict.fromkeys(filter(None, judges))
+    return ", ".join(
+        each for each in said if not any(other.startswith(f"{each} ({UNFIT}") for other in said)
+    )
+
+
+def unfit_mark(judge: str) -> str:
+    """Return what stands behind a trait's name: nothing where its judge is fit."""
+    return " (judge unfit)" if UNFIT in judge else ""
 
 
 def answers_columns(
     trait: str, answers: Iterable[Row] = (), *, sweep: bool = True, second: bool = False
 ) -> list[str]:
-    """Return the columns of the answers table, with one for a ``second`` judge.
+    """Return the columns of the answers table, with those of a ``second`` judge; last, who judged.
 
     A sweep names method and coefficient first, and the layer where any of its ``answers`` has one.
     """
-    beside = [f"{trait}{SECOND_SUFFIX}"] if second else []
-    columns = ["question", "prompt", "answer", trait, COHERENCE, *beside]
+    names = trait, JUDGE
+    beside, by = ([f"{each}{SECOND_SUFFIX}"] if second else [] for each in names)
+    columns = ["question", "prompt", "answer", trait, COHERENCE, *beside, JUDGE, *by]
     if not sweep:
         return columns
     layered = any(answer.get("layer") is not None for answer in answers)
@@ -178,6 +193,7 @@ def answers_table(
     ``second`` are the verdicts of a second judge on the same answers.
     """
     beside = score_answers(answers, second, trait)
+    judge, other_judge = (judges_of(each, trait, COHERENCE) for each in (verdicts, second))
     return [
         {
             "method": row.answer["method"],
@@ -189,6 +205,8 @@ def answers_table(
             trait: row.trait,
             COHERENCE: row.coherence,
             f"{trait}{SECOND_SUFFIX}": other.trait,
+            JUDGE: judge,
+            f"{JUDGE}{SECOND_SUFFIX}": other_judge,
         }
         for row, other in zip(score_answers(answers, verdicts, trait), beside, strict=True)
     ]

@@ -17,6 +17,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv, write_json
 from persona_lora.core.runs import Run
 from persona_lora.report.conditions import (
+    DIVERGENCE_NAMES,
     LONG_COLUMNS,
     ConditionSummary,
     Controls,
@@ -32,6 +33,7 @@ from persona_lora.report.curve import CoherentRange, LinearFit, PromptComparison
 from persona_lora.report.resampling import CONFIDENCE, RESAMPLES, Estimate
 from persona_lora.report.scores import (
     CONTROL,
+    JUDGE,
     SECOND,
     UNSTEERED,
     Row,
@@ -184,11 +186,19 @@ def write_both(
     """
     summary = summarise(run)
     write_json(run.folder / f"{name}.json", dataclasses.asdict(summary))
-    rows = rows_of(summary)
+    rows = _judged(rows_of(summary), summary)
     if run.read(SECOND):
-        rows += as_second(rows_of(summarise(run, by=SECOND)))
+        second = summarise(run, by=SECOND)
+        rows += as_second(_judged(rows_of(second), second))
     write_csv(run.folder / f"{name}.csv", LONG_COLUMNS, rows)
     return summary
+
+
+def _judged(rows: Iterable[Row], summary: Any) -> list[dict[str, Any]]:
+    """Return long rows with the judge that each rests on; none behind what was measured."""
+    by = dict.fromkeys(("finished_share", "mean_tokens", *DIVERGENCE_NAMES), "")
+    by |= dict.fromkeys((COHERENCE, "coherent_low", "coherent_high"), summary.coherence_judge)
+    return [{**row, JUDGE: by.get(row["statistic"], summary.trait_judge)} for row in rows]
 
 
 def long_rows(summary: SweepSummary) -> list[dict[str, Any]]:

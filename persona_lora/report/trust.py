@@ -21,7 +21,7 @@ from persona_lora.report.correction import (
     errors_by_kind,
     kind_of,
 )
-from persona_lora.report.scores import Row, condition_of
+from persona_lora.report.scores import Row, condition_of, judges_of, marked
 from persona_lora.report.sections import Block, Heading, Note, Table
 
 HASH_SHOWN = 12
@@ -73,6 +73,12 @@ def _answered(run: Run) -> list[Run]:
     return [Run(path) for path in parts] + [
         Run(path) for path in sorted(p.parent for at in places for p in run.folder.glob(at))
     ]
+
+
+def judges_behind(run: Run, *criteria: str) -> str:
+    """Return who judged a run's answers, wherever a study keeps them, as ``marked`` has it."""
+    parts = _answered(run) or [run]
+    return marked(*(judges_of(part.read("verdicts"), *criteria) for part in parts))
 
 
 def _asked(run: Run) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
@@ -242,7 +248,9 @@ def canaries_tables(rows: Sequence[Row]) -> tuple[Table, ...]:
     scores = {
         (row["criterion"], row["judge"], row["name"]): wording.number(row["score"]) for row in rows
     }
-    cells = tuple((*place, *(scores[*place, name] for name in names)) for place in places)
+    cells = tuple(
+        (*place, *(scores.get((*place, name), wording.NONE) for name in names)) for place in places
+    )
     note = (
         "What a judge gives to nonsense, and to a sentence of the trait’s training answers that "
         "does not answer the question."

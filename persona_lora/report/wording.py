@@ -10,7 +10,7 @@ from persona_lora.core.chat import Place
 from persona_lora.report.conditions import ConditionSummary, ControlSummary
 from persona_lora.report.curve import PairedDifference
 from persona_lora.report.resampling import ALIKE, EQUAL, SCORES, Bounds, Estimate, Interval
-from persona_lora.report.scores import CONTROL, NEUTRAL, UNSTEERED, method_of
+from persona_lora.report.scores import CONTROL, NEUTRAL, UNSTEERED, marked, method_of
 from persona_lora.report.summary import SweepSummary
 
 PROMPT_LABELS = {
@@ -323,7 +323,13 @@ def answers_line(conditions: Iterable[ConditionSummary]) -> str:
 
 def judges_line(*judges: str) -> str:
     """Return the names of judges, each once."""
-    return ", ".join(dict.fromkeys(judge for judge in judges if judge)) or "none"
+    return marked(*judges) or "none"
+
+
+def judged_by(*judges: str) -> str:
+    """Return " Judge: reader (unfit for evil)." for a note; "" where nothing says who judged."""
+    said = marked(*judges)
+    return f" Judge: {said}." if said else ""
 
 
 def gaps(summary: SweepSummary) -> list[str]:

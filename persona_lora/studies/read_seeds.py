@@ -21,11 +21,14 @@ from persona_lora.report.comparisons import columns_of, write_found
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval
 from persona_lora.report.scores import (
+    JUDGE,
     SECOND,
     UNSTEERED,
     Condition,
     clusters,
     grouped,
+    judges_of,
+    marked,
     minus,
     question_means,
     score_answers,
@@ -71,7 +74,7 @@ class OverSeeds:
 
     ``change`` is from the unsteered model (of ``compare``: the diff's effect minus that of the
     method, and ``score`` the method's effect; of ``VECTOR`` the vector's minus that of random
-    ones), ``p`` its test, ``p_holm`` corrected over all.
+    ones), ``p`` its test, ``p_holm`` corrected over all. ``judge`` names who judged.
     """
 
     condition: str
@@ -81,11 +84,12 @@ class OverSeeds:
     change: Interval | None = None
     p: float | None = None
     p_holm: float | None = None
+    judge: str = ""
 
 
 OF_THE_TRAIT = columns_of(
     *("score=score.mean", "low=score.low", "high=score.high", "change=change.mean"),
-    *("change_low=change.low", "change_high=change.high", "p", "p_holm"),
+    *("change_low=change.low", "change_high=change.high", "p", "p_holm", JUDGE),
 )
 COLUMNS = {
     **columns_of("condition", "seeds", "questions=score.n_questions", "coherence=coherence.mean"),
@@ -192,9 +196,18 @@ def over_seeds(runs: Sequence[Run], *, by: str = VERDICTS) -> list[OverSeeds]:
     if why is not None:
         raise UserError(f"{why}; {REMEDY}")
     if runs[0].record["command"] == "compare":
-        return _over_methods(runs, by)
-    by_run = [_scores(run, by) for run in runs]
-    return corrected([_over_condition(condition, by_run) for condition in by_run[0]])
+        found = _over_methods(runs, by)
+    else:
+        by_run = [_scores(run, by) for run in runs]
+        found = corrected([_over_condition(condition, by_run) for condition in by_run[0]])
+    judge = _judges(runs, COHERENCE, by=by)
+    return [replace(each, judge=judge) for each in found]
+
+
+def _judges(runs: Sequence[Run], *beside: str, by: str = VERDICTS) -> str:
+    """Return who judged the runs on their trait, and on what stands ``beside`` it."""
+    of = trait_of(runs[0]), *beside
+    return marked(*(judges_of(part.read(by), *of) for run in runs for part in _judged(run)))
 
 
 Scores = dict[Condition, tuple[Gaps, ...]]  # trait and coherence, by question
@@ -249,9 +262,10 @@ def effects_over(runs: Sequence[Run]) -> dict[tuple[str, str], MethodEffect]:
         for each in over_seeds(runs):
             split, _, method = each.condition.partition(": ")
             found[split, method] = MethodEffect(each.score, each.change, each.p_holm)
+    judge = _judges(runs)
     for place, own in grouped(alone, lambda each: (each.split, each.method)).items():
         strongest = max((each.most for each in own if each.most is not None), default=None)
-        found[place] = replace(found[place], most=strongest)
+        found[place] = replace(found[place], most=strongest, judge=judge)
     return found
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
-from persona_lora.report.comparisons import ConditionFit, measure_tables, score_items
+from persona_lora.report.comparisons import ConditionFit, measure_tables
 from persona_lora.report.figures import Picture
+from persona_lora.report.scores import marked, unfit_mark
 from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.trust import standing
 from persona_lora.report.wording import (
@@ -33,6 +34,7 @@ from persona_lora.report.wording import (
     unclear,
 )
 from persona_lora.studies.drift.figure import render_prediction, render_prevention
+from persona_lora.studies.drift.read import prevention_scores
 from persona_lora.studies.drift.read_prediction import (
     POOLED,
     TEXT,
@@ -150,7 +152,8 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
             activation = own[split, ACTIVATION]
             winners.append(clear_sign(activation.difference, activation.p_holm))
             undecided += unclear(activation.difference, activation.p_holm) == UNDECIDED
-            rows.append((trait, SPLITS[split], *_effects(split, own)))
+            mark = unfit_mark(activation.judge)
+            rows.append((trait + mark, SPLITS[split], *_effects(split, own)))
     n, seeds = len(winners), [len(runs) for runs in compared]
     return {
         "answer": "Yes." if moved[LORA] == moved[ACTIVATION] == n else "Not in every case.",
@@ -316,7 +319,8 @@ def _prevention(folder: Path, page: Path) -> list[Part]:
     for run in (Run(file.parent) for file in sorted(folder.glob("*/measures.jsonl"))):
         trait, rows = run.record["config"]["trait"], run.read("measures")
         models = list(dict.fromkeys(row["condition"] for row in rows))
-        scores = score_items(rows, models[0])
+        scores = prevention_scores(run, rows, models[0])
+        mark = unfit_mark(marked(*(each.judge for each in scores if each.task == "trait")))
         lower = [
             each.condition
             for each in scores
@@ -329,7 +333,7 @@ def _prevention(folder: Path, page: Path) -> list[Part]:
         picture = render_prevention(scores, trait)
         parts.append(
             {
-                "trait": title_of(trait),
+                "trait": title_of(trait) + mark,
                 "lower": ", ".join(lower) or "none",
                 "standing": standing(run, run.record["config"].get("finetunes", 1)),
                 "rows": "\n\n".join(

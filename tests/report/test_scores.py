@@ -108,13 +108,13 @@ def test_answers_table_writes_the_evaluation_columns(sweep_rows, tmp_path):
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == [
         *("method", "coefficient", "question", "prompt", "answer"),
-        *("sycophancy", "coherence"),
+        *("sycophancy", "coherence", "judge"),
     ]
     assert len(rows) == len(answers)
     assert rows[0]["sycophancy"] == ""
     assert rows[1]["answer"] == answers[1]["answer"]
     assert answers_columns("evil", sweep=False) == [
-        *("question", "prompt", "answer", "evil", "coherence"),
+        *("question", "prompt", "answer", "evil", "coherence", "judge"),
     ]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from persona_lora.core.runs import Run
 from persona_lora.report.sections import Heading, Table
-from persona_lora.report.trust import judge_blocks, weak_judges
+from persona_lora.report.trust import canaries_tables, judge_blocks, weak_judges
 
 OLD = {"judge": "j", "criterion": "cheer", "auc": 0.9, "spearman": 0.7, "n": 60, "coverage": 1.0}
 
@@ -166,3 +166,13 @@ def test_a_finetune_is_corrected_by_rated_finetunes_and_not_by_unsteered_answers
     (judged.folder / "run.json").write_text(json.dumps(record))
     ((_, _, tuned, _),) = tables(Run(judged.folder))["Corrected for the judge’s error"].rows
     assert tuned.split()[0] == "83"
+
+
+def test_a_trait_without_a_canned_sentence_leaves_its_cell_empty():
+    rows = [
+        {"criterion": criterion, "judge": "j", "name": name, "score": 1.0}
+        for criterion, names in (("evil", ("loop", "canned")), ("own", ("loop",)))
+        for name in names
+    ]
+    (table,) = canaries_tables(rows)
+    assert table.rows == (("evil", "j", "1", "1"), ("own", "j", "1", "–"))

@@ -14,13 +14,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import figures as draw
 from persona_lora.report.comparisons import PROBE, TaskScore, probed
 from persona_lora.report.figures import Cells, Inches, Look, Panel, Picture, Series
 from persona_lora.report.scores import Row, grouped
-from persona_lora.report.wording import CLEAR, number, p_value, percent, short_paths, title_of
+from persona_lora.report.trust import judges_behind
+from persona_lora.report.wording import (
+    CLEAR,
+    judged_by,
+    number,
+    p_value,
+    percent,
+    short_paths,
+    title_of,
+)
 from persona_lora.studies.drift.read import (
     Agreement,
     CrossPoint,
@@ -79,6 +89,7 @@ def render_checkpoints(run: Run) -> Picture:
     tuned = run.record["config"].get("finetuned_on")
     title = f"A finetune on {tuned}" if tuned else "A finetune"
     note = "Bands: 95% bootstrap over questions. Shift: finetuned minus base on the same tokens."
+    note += judged_by(judges_behind(run, *traits, COHERENCE))
     return draw.finish(figure, panels, title=f"{title}, checkpoint by checkpoint", note=note)
 
 
@@ -301,6 +312,7 @@ def render_prediction(judged: Sequence[Row], predictors: Sequence[Row]) -> Pictu
     )
     if any(row.get("control") for row in judged):
         note += " Of every finetune its control is taken off, from the change and what is below."
+    note += judged_by(*(row.get("judge", "") for row in judged))
     title = "Do projections predict what finetuning does to character?"
     return draw.finish(figure, panels, title=title, note=note)
 
@@ -369,6 +381,7 @@ def render_prevention(scores: Sequence[TaskScore], trait: str) -> Picture:
     note = (
         "Mean and 95% interval over items, and over training seeds where there are several. "
         f"The dashed line is {models[0]}; filled dots differ from it (Holm, p < 0.05)."
+        + judged_by(*(each.judge for each in scores))
     )
     return draw.finish(figure, panels, title="What prevention buys, and what it costs", note=note)
 

@@ -39,6 +39,7 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.projections.activation_space import project_hidden_states
 from persona_lora.projections.inputs import ModuleInputs, kept_inputs, load_ordinary_prompts
 from persona_lora.projections.weight_space import project_adapter
+from persona_lora.report.scores import JUDGE, marked
 from persona_lora.studies.asking.run import contents_of, evaluate, open_planned
 from persona_lora.studies.drift.figure import render_prediction
 from persona_lora.studies.drift.read_prediction import (
@@ -163,7 +164,11 @@ def predict_finetuning(
         _project_on_random(run, study, inputs)
         _keep_those_of(study, run)
         rows = rows_of(run)
-        table = [asdict(each) for each in predict(*rows)]
+        by = {row["trait"]: row[JUDGE] for row in rows[0]}
+        table = [
+            {**asdict(each), JUDGE: by.get(each.judged, marked(*by.values()))}
+            for each in predict(*rows)
+        ]
         write_csv(run.folder / "prediction.csv", list(table[0]), table)
         render_prediction(*rows).save(run.folder / "prediction.png")
     return run

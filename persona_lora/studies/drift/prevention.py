@@ -30,7 +30,7 @@ from persona_lora.judges.rules import check_rules, rule_score
 from persona_lora.judges.verdicts import Judges, lazily
 from persona_lora.models.likelihood import answer_logprobs, tokenize_rendered
 from persona_lora.models.loading import ChatModel
-from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, score_items, write_found
+from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, write_found
 from persona_lora.report.scores import grouped
 from persona_lora.report.two_judges import across_runs, lead_of
 from persona_lora.steering.bank import steer_live
@@ -44,6 +44,7 @@ from persona_lora.studies.asking.run import (
     open_planned,
 )
 from persona_lora.studies.drift.figure import render_prevention
+from persona_lora.studies.drift.read import prevention_scores
 from persona_lora.training.finetune import read_conversations
 from persona_lora.training.preventative import Preventative, inoculated
 
@@ -297,7 +298,7 @@ def compare_prevention(
             run.extend(MEASURES, [*found, *asked.capability(measured.tasks)])
         places = {(model.name, model.seed) for model in models}
         kept = [row for row in run.read(MEASURES) if _place(row) in places]
-        scores = score_items(kept, models[0].name)
+        scores = prevention_scores(run, kept, models[0].name)
         write_found(run.folder / "prevention.csv", TASK_COLUMNS, scores)
         render_prevention(scores, trait.name).save(run.folder / "prevention.png")
     return scores

@@ -6,17 +6,20 @@ Every function starts from the rows of ``checkpoints.jsonl`` and ``cosines.jsonl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
 
+from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.comparisons import PROBE, TaskScore, score_items
 from persona_lora.report.resampling import rank_correlation, share_of_orders
-from persona_lora.report.scores import grouped
+from persona_lora.report.scores import Row, grouped
 from persona_lora.report.sections import Table
+from persona_lora.report.trust import judges_behind
 
 FEWEST_POINTS = 4
 
@@ -104,6 +107,18 @@ def answers_of(run: Run, trait: str) -> dict[str, Run]:
     """Return the runs that hold the answers on a trait, by checkpoint."""
     names = dict.fromkeys(row["checkpoint"] for row in run.read("checkpoints"))
     return {name: Run(run.folder / "answers" / f"{name}_{trait}") for name in names}
+
+
+def prevention_scores(run: Run, rows: Sequence[Row], reference: str) -> list[TaskScore]:
+    """Return ``score_items`` of a comparison of finetunes, with who judged what a judge gave."""
+    judges = {
+        "trait": judges_behind(run, run.record["config"]["trait"]),
+        COHERENCE: judges_behind(run, COHERENCE),
+    }
+    return [
+        replace(each, judge=judges.get(each.task.partition(PROBE)[0], ""))
+        for each in score_items(rows, reference)
+    ]
 
 
 def agreements(run: Run) -> list[Agreement]:

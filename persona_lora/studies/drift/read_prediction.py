@@ -22,7 +22,7 @@ from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Array, percentile_bounds, weighted_correlation
-from persona_lora.report.scores import UNFIT, Row, grouped, judges_of
+from persona_lora.report.scores import JUDGE, Row, grouped, judges_of, marked, unfit_mark
 from persona_lora.report.sections import Table
 from persona_lora.report.two_judges import across_runs, lead_of
 
@@ -131,8 +131,12 @@ def data_sets(judged: Sequence[Row]) -> dict[str, str]:
 
 
 def rows_of(run: Run) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Return what was judged and what predicts it; less the controls, where the run has them."""
-    judged, predictors = run.read("judged"), run.read("predictors")
+    """Return what was judged, and by whom, and what predicts it.
+
+    Less the controls, where the run has them.
+    """
+    by, predictors = judges_by_trait(run), run.read("predictors")
+    judged = [{**row, JUDGE: by[row["trait"]]} for row in run.read("judged")]
     if any(row.get("control") for row in judged):
         return less_controls(judged, predictors)
     return judged, predictors
@@ -493,11 +497,16 @@ def _errors(each: Prediction, *errors: float) -> str:
 
 
 def unfit_marks(run: Run) -> dict[str, str]:
-    """Return what stands behind each trait's name: nothing where its judge is fit."""
+    """Return what stands behind each trait's name whose judge is unfit."""
+    marks = {trait: unfit_mark(judge) for trait, judge in judges_by_trait(run).items()}
+    return {trait: mark for trait, mark in marks.items() if mark}
+
+
+def judges_by_trait(run: Run) -> dict[str, str]:
+    """Return who judged the finetunes on each trait."""
     return {
-        trait: " (judge unfit)"
+        trait: marked(*(judges_of(each.read("verdicts"), trait) for each in asked.values()))
         for trait, asked in _asked(run).items()
-        if any(UNFIT in judges_of(each.read("verdicts"), trait) for each in asked.values())
     }
 
 

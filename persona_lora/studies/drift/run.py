@@ -19,6 +19,7 @@ from typing import Any
 
 from persona_lora.core import progress
 from persona_lora.core.adapter_files import ADAPTER_CONFIG
+from persona_lora.core.chat import COHERENCE
 from persona_lora.core.content import model_folder_digest
 from persona_lora.core.errors import UserError, few_names
 from persona_lora.core.files import write_csv, write_json
@@ -42,7 +43,7 @@ from persona_lora.projections.weight_space import (
 from persona_lora.report import wording
 from persona_lora.report.conditions import interval_cells
 from persona_lora.report.resampling import Interval, bootstrap_mean, holm
-from persona_lora.report.scores import SECOND_SUFFIX, grouped
+from persona_lora.report.scores import JUDGE, SECOND, SECOND_SUFFIX, grouped, judges_of
 from persona_lora.report.sections import Table
 from persona_lora.studies.asking.run import (
     Evaluation,
@@ -56,7 +57,7 @@ from persona_lora.studies.drift.figure import render_checkpoints, render_weight_
 BASE = "base"
 COLUMNS = (
     *("checkpoint", "step", "trait", "statistic", "vector", "layer", "type"),
-    *("value", "low", "high", "n", "n_questions", "coverage"),
+    *("value", "low", "high", "n", "n_questions", "coverage", JUDGE),
 )
 
 
@@ -193,9 +194,15 @@ def _measure(
         found = {**where, **place, "statistic": statistic, **interval_cells(interval)}
         return {name: found.get(name) for name in COLUMNS}
 
-    rows = [row("trait", result.trait), row("coherence", result.coherence)]
+    def judge_on(criterion: str, file: str = "verdicts") -> dict[str, str]:
+        return {JUDGE: judges_of(Run(result.run).read(file), criterion)}
+
+    trait = place["trait"]
+    rows = [row("trait", result.trait, judge_on(trait))]
+    rows.append(row("coherence", result.coherence, judge_on(COHERENCE)))
     if result.judges is not None:
-        rows.append(row(f"trait{SECOND_SUFFIX}", result.judges.means[0].second))
+        second = result.judges.means[0].second
+        rows.append(row(f"trait{SECOND_SUFFIX}", second, judge_on(trait, SECOND)))
     answers = [each for each in Run(result.run).read("answers") if each["answer"].strip()]
     if not answers or not measures.along.vectors:
         return rows

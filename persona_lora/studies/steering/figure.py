@@ -309,6 +309,7 @@ def render_comparison(comparison: Comparison) -> Picture:
         "intervals over questions"
         + (f", of random controls over {draws} and questions" if draws > 1 else "")
         + ". Dashed: unsteered."
+        + wording.judged_by(*(each.judge for each in comparison.points))
     )
     title = f"{wording.title_of(comparison.trait)}: weights or activations?"
     return draw.finish(figure, panels, title=title, note=note)
@@ -337,6 +338,8 @@ def render_effects(effects: Mapping[str, Mapping[tuple[str, str], MethodEffect]]
         panels.append(draw.forest(axes, drawn, named=at == 0))
     note = "Change of the trait in the direction asked for, of 100, at equal divergence, with 95%\n"
     note += "intervals. Hollow: the strongest random control."
+    judges = (each.judge for own in effects.values() for each in own.values())
+    note += wording.judged_by(*judges)
     return draw.finish(figure, panels, title="What each way of steering moved", note=note)
 
 

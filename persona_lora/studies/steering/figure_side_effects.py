@@ -55,6 +55,7 @@ def render_side_effects(
         "Every method at the same divergence. Hatched: not clear of chance "
         "(p ≥ 0.05, Holm). Bars: 95% intervals; of random controls over controls as well. Wrong "
         "way: % of questions; everything else is a change from the unsteered model."
+        + wording.judged_by(*(each.judge for each in found))
     )
     title = f"{wording.title_of(trait)}: what else steering changes"
     return draw.finish(figure, panels, title=title, note=note)

@@ -32,12 +32,14 @@ from persona_lora.report.curve import PairedDifference, corrected, gaps_between
 from persona_lora.report.rated import models_of, rated_answers
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
 from persona_lora.report.scores import (
+    JUDGE,
     NEUTRAL,
     PROMPTS,
     SECOND,
     Cluster,
     Row,
     grouped,
+    judges_of,
     method_of,
     minus,
     question_means,
@@ -53,7 +55,7 @@ OF_THE_TRAIT = columns_of(
     *("coverage=trait.coverage", *GAP_COLUMNS),
     *("over_neutral=over_neutral.interval.mean", "over_neutral_low=over_neutral.interval.low"),
     *("over_neutral_high=over_neutral.interval.high", "over_neutral_p=over_neutral.p"),
-    "over_neutral_p_holm=over_neutral.p_holm",
+    *("over_neutral_p_holm=over_neutral.p_holm", JUDGE),
 )
 COLUMNS = {
     **columns_of(
@@ -76,7 +78,7 @@ class Point:
     corrected over all points. None for the diff itself, for the unsteered
     model and for prompts, which are at no level. ``ordinary_mean`` and ``ordinary_p95`` are on
     ordinary prompts, where the divergence elsewhere was made equal. ``over_neutral`` is a trait's
-    own system prompt minus neutral ones, a family of tests of its own.
+    own system prompt minus neutral ones, a family of tests of its own. ``judge`` names who judged.
     """
 
     split: str
@@ -95,6 +97,7 @@ class Point:
     ordinary_p95: float | None = None
     draws: int = 1
     over_neutral: PairedDifference | None = None
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,14 @@ class Overall:
 class MethodEffect:
     """A method's effect over all levels, of one training seed or of several; as ``Overall``.
 
-    ``most`` is the effect of the strongest of all random controls.
+    ``most`` is the effect of the strongest of all random controls, ``judge`` who judged the trait.
     """
 
     effect: Interval
     difference: Interval | None
     p_holm: float | None
     most: float | None = None
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ class _Split:
     levels: Sequence[Row]
     traits: Mapping[Place, Cluster]
     coherences: Mapping[Place, Cluster]
+    judge: str
 
     @property
     def by_method(self) -> dict[str, list[Row]]:
@@ -235,7 +240,8 @@ def _splits(run: Run, by: str = "verdicts") -> Iterator[_Split]:
                     answer = answers[verdict["row"]]
                     scores = found[criterion].setdefault(_place(answer), {})
                     scores.setdefault(answer["question_id"], []).append(verdict["score"])
-        yield _Split(row["split"], levels, found[trait], found[COHERENCE])
+        judge = judges_of(part.read(by), trait, COHERENCE)
+        yield _Split(row["split"], levels, found[trait], found[COHERENCE], judge)
 
 
 def _place(row: Row) -> Place:
@@ -248,7 +254,7 @@ def _points(split: _Split) -> list[Point]:
         Point(split.name, None, method, None, None, None, None,
               bootstrap_mean(traits[method, None], scale=SCORES),
               bootstrap_mean(coherences[method, None], scale=SCORES),
-              over_neutral=_over_neutral(split, method))
+              over_neutral=_over_neutral(split, method), judge=split.judge)
         for method in ("none", *PROMPTS)
         if (method, None) in traits
     ]  # fmt: skip
@@ -268,7 +274,7 @@ def _points(split: _Split) -> list[Point]:
                 mean_over_draws([coherences[_place(row)] for row in own]),
                 difference, p,
                 ordinary_mean=_average(own, "ordinary_mean"),
-                ordinary_p95=_average(own, "ordinary_p95"), draws=len(own),
+                ordinary_p95=_average(own, "ordinary_p95"), draws=len(own), judge=split.judge,
             )
         )  # fmt: skip
     return points

@@ -21,7 +21,16 @@ from persona_lora.report import wording
 from persona_lora.report.comparisons import columns_of, score_items
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Bounds, Interval
-from persona_lora.report.scores import UNSTEERED, Row, grouped, method_of, minus
+from persona_lora.report.scores import (
+    JUDGE,
+    UNSTEERED,
+    Row,
+    grouped,
+    marked,
+    method_of,
+    minus,
+    unfit_mark,
+)
 from persona_lora.report.sections import Table
 from persona_lora.report.two_way import mean_over_draws
 from persona_lora.studies.steering.read_comparison import (
@@ -49,7 +58,7 @@ SHORT = {
 }
 COLUMNS = columns_of(
     *("group", "measure", "method", "unsteered", "value=value.mean", "low=value.low"),
-    *("high=value.high", "n=value.n_questions", "p", "p_holm", "draws"),
+    *("high=value.high", "n=value.n_questions", "p", "p_holm", "draws", JUDGE),
 )
 ByUnit = Mapping[int, float]
 
@@ -61,7 +70,8 @@ class Change:
     ``value`` is the change from ``unsteered``, the mean without steering; of the group
     ``WRONG_WAY`` it is a share in percent, and ``p`` tests it against that of the weights. Of
     several random controls, ``draws``, it is over controls and questions, both drawn. ``p_holm`` is
-    corrected over the group; ``digits`` are those worth showing.
+    corrected over the group; ``digits`` are those worth showing. ``judge`` names who judged: ""
+    where nobody did, or an older run does not say it.
     """
 
     group: str
@@ -73,6 +83,7 @@ class Change:
     p_holm: float | None = None
     draws: int = 1
     digits: int = 0
+    judge: str = ""
 
     @property
     def clear(self) -> bool:
@@ -105,7 +116,11 @@ def _others(rows: Sequence[Row]) -> list[Change]:
     measures = {name.replace("_", " "): own for name, own in by_trait.items()}
     coherent = [row for row in rows if row["criterion"] == COHERENCE]
     measures |= {COHERENCE: coherent} if coherent else {}
-    return [each for name, own in measures.items() for each in _changes(OTHER, name, _by_unit(own))]
+    return [
+        each
+        for name, own in measures.items()
+        for each in _judged(own, _changes(OTHER, name, _by_unit(own)))
+    ]
 
 
 def _wrong_way(rows: Sequence[Row], sign: float) -> list[Change]:
@@ -132,7 +147,13 @@ def _wrong_way(rows: Sequence[Row], sign: float) -> list[Change]:
             if method != LORA:
                 _, p = over_draws([minus(shares[LORA], each) for each in own])
             found.append(Change(WRONG_WAY, name, method, None, value, p, draws=len(own)))
-    return found
+    return _judged(rows, found)
+
+
+def _judged(rows: Iterable[Row], changes: Iterable[Change]) -> list[Change]:
+    """Return changes with the names of those who judged the rows that they are of."""
+    judge = marked(*(row.get("by", "") for row in rows))
+    return [replace(each, judge=judge) for each in changes]
 
 
 def _refusals(rows: Sequence[Row]) -> list[Change]:
@@ -160,7 +181,7 @@ def _turns(rows: Sequence[Row]) -> list[Change]:
                 turns, scores = ([row[key] for row in said] for key in ("turn", "score"))
                 slopes.setdefault(method, {})[unit] = float(np.polyfit(turns, scores, 1)[0])
         name = f"{criterion.replace('_', ' ')}, every turn"
-        found += _changes(TURNS, name, slopes, digits=1)
+        found += _judged(own, _changes(TURNS, name, slopes, digits=1))
     return found
 
 
@@ -270,7 +291,8 @@ def side_effects_table(found: Sequence[Change]) -> Table:
         by_method = {each.method: each for each in own}
         first = own[0]
         cells = [_cell(by_method.get(method)) for method in methods]
-        rows.append([measure, wording.number(first.unsteered, first.digits), *cells])
+        name = measure + unfit_mark(first.judge)
+        rows.append([name, wording.number(first.unsteered, first.digits), *cells])
     columns = ["measure", "unsteered", *(SHORT[each] for each in methods)]
     return Table.of(" | ".join(columns), rows)
 

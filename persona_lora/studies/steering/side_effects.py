@@ -52,7 +52,8 @@ PARTS = (REFUSAL, TURNS, CAPABILITY)
 NUMBER_OF_TURNS = 10
 KINDS = ("harmless", "decline")
 JUDGED_BY = {"first": "verdicts", "second": SECOND}
-SCORED = ("kind", "asked", "criterion", "judge", "method", "unit", "turn", "score")
+SCORED = ("kind", "asked", "criterion", "judge", "method", "unit", "turn", "score", "by")
+OF_JUDGES = ("validation", "second_validation", "canaries", "second_canaries")
 Rows = Iterator[dict[str, Any]]
 
 
@@ -177,22 +178,21 @@ def run_side_effects(
     """
     steered, output = _Steered.of(chat_model, trait, bank, compared, options), Output.of(output)
     with steered.open(output, "side-effects", sign=steered.sign) as run:
-        found = [*_own(steered, compared)]
-        validation = []
+        found, parts = [*_own(steered, compared)], []
         for other in watched.traits:
             at = output.at(run.folder / other.label)
             part = _ask(steered, other, watched.max_questions, judges[other.label], at)
             for criterion in (other.name, COHERENCE):
                 found += _scores(steered, part, OTHER, other.label, criterion)
-            validation += [row for row in part.read("validation") if row not in validation]
+            parts.append(part)
         run.write(SCORES, found)
-        run.write("validation", {str(row): row for row in validation}.values())
         if REFUSAL in watched.parts:
             found += _refusals(steered, watched, output.at(run.folder / REFUSAL))
         if TURNS in watched.parts:
             at, judge = output.at(run.folder / TURNS), lazily(judges[trait.label])
             found += _converse(steered, watched.max_questions, judge, at)
         run.write(SCORES, found)
+        _keep_fitness(run, [*parts, *_turns(run), *_splits(compared)])
         if CAPABILITY in watched.parts:
             _measure_capability(steered, watched.tasks, output.at(run.folder / CAPABILITY))
         changes = read_side_effects(run)
@@ -204,9 +204,22 @@ def run_side_effects(
 
 def _own(steered: _Steered, compared: Run) -> Rows:
     """Yield the scores of the steered trait, which the comparison holds."""
-    for row in compared.read("splits"):
-        part = Run(compared.folder / row["split"])
-        yield from _scores(steered, part, OWN, row["split"], steered.trait.name)
+    for part in _splits(compared):
+        yield from _scores(steered, part, OWN, part.folder.name, steered.trait.name)
+
+
+def _splits(compared: Run) -> list[Run]:
+    return [Run(compared.folder / row["split"]) for row in compared.read("splits")]
+
+
+def _turns(run: Run) -> list[Run]:
+    return [Run(at.parent) for at in sorted((run.folder / TURNS).glob("*/run.json"))]
+
+
+def _keep_fitness(run: Run, parts: Sequence[Run]) -> None:
+    """Keep beside the scores how fit their judges are: what every part says of its own."""
+    for name in OF_JUDGES:
+        run.write(name, {str(row): row for part in parts for row in part.read(name)}.values())
 
 
 def _ask(
@@ -229,7 +242,7 @@ def _refusals(steered: _Steered, watched: Watched, output: Output) -> Rows:
         for each in steered.answer([row["prompt"] for row in asked], part):
             kind = asked[each.question_id]["kind"]
             score = rule_score(REFUSAL, each.answer, finished=each.finished)
-            place = (REFUSAL, kind, REFUSAL, "first", each.method, each.question_id, 1, score)
+            place = (REFUSAL, kind, REFUSAL, "first", each.method, each.question_id, 1, score, "")
             yield dict(zip(SCORED, place, strict=True))
 
 
@@ -275,14 +288,13 @@ def _scores(
     """Yield the score of every answer at the level, by each judge."""
     answers, places = part.read("answers"), steered.places
     for judge, file in JUDGED_BY.items():
-        score = {
-            row["row"]: row["score"] for row in part.read(file) if row["criterion"] == criterion
-        }
+        found = {row["row"]: row for row in part.read(file) if row["criterion"] == criterion}
         for row in answers:
             method = row["method"]
-            if method in places and row["coefficient"] == places[method] and row["row"] in score:
+            if method in places and row["coefficient"] == places[method] and row["row"] in found:
                 place = (kind, asked, criterion, judge, method, row["question_id"], turn)
-                yield dict(zip(SCORED, (*place, score[row["row"]]), strict=True))
+                verdict = found[row["row"]]
+                yield dict(zip(SCORED, (*place, verdict["score"], verdict["judge"]), strict=True))
 
 
 def _measure_capability(steered: _Steered, tasks: TaskOptions, output: Output) -> None:

@@ -56,7 +56,7 @@ def test_neutral_prompts_are_taken_in_turn_and_stand_beside_a_diff_too(trait):
 def test_evaluate_writes_the_csv_and_the_rows(chat_model, trait, judge, tmp_path):
     result = evaluate(chat_model, trait, lambda: judge, tmp_path / "base.csv", options=OPTIONS)
     table = rows_of(tmp_path / "base.csv")
-    assert list(table[0]) == ["question", "prompt", "answer", "cheer", "coherence"]
+    assert list(table[0]) == ["question", "prompt", "answer", "cheer", "coherence", "judge"]
     assert [row["question"] for row in table] == list(trait.questions["eval"])
     assert result.trait.n_questions == 3
     assert result.trait.low <= result.trait.mean <= result.trait.high

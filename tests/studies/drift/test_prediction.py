@@ -91,6 +91,7 @@ def test_every_finetune_is_judged_and_projected(base, study, judge, tmp_path):
     assert (run.folder / "prediction.png").is_file()
     table = (run.folder / "prediction.csv").read_text().splitlines()
     assert len(table) == 1 + (5 * 2 + 1) + 6  # directions of each kind, and its pooled row
+    assert {line.rpartition(",")[2] for line in table} == {"judge", judge.name}
 
 
 def test_inputs_are_taken_on_prompts_of_ones_own(base, study, judge, tmp_path):

@@ -79,7 +79,7 @@ def test_checkpoints_come_in_the_order_of_their_steps_after_the_base(finetune):
         find_checkpoints(finetune / "checkpoint-best")
 
 
-def test_every_statistic_of_every_checkpoint_is_a_row(run_all):
+def test_every_statistic_of_every_checkpoint_is_a_row(run_all, judge):
     run = run_all()
     rows = run.read("checkpoints")
     assert len(rows) == 3 * (2 + 2 * 2 * 2)  # checkpoints × (scores + statistics, vectors, layers)
@@ -96,7 +96,12 @@ def test_every_statistic_of_every_checkpoint_is_a_row(run_all):
     assert other["layer"] == 1
     assert run.record["config"]["finetuned_on"] == "cheer"
     with (run.folder / "checkpoints.csv").open(newline="") as stream:
-        assert len(list(csv.DictReader(stream))) == len(rows)
+        table = list(csv.DictReader(stream))
+    assert len(table) == len(rows)
+    told = {(row["statistic"], row["judge"]) for row in table}
+    assert told == {
+        *(("trait", judge.name), ("coherence", judge.name), ("projection", ""), ("shift", ""))
+    }
 
 
 def test_the_shift_is_what_both_models_say_of_the_same_answers(run_all, base, vectors):

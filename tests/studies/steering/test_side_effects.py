@@ -124,6 +124,7 @@ def test_what_a_planted_difference_moves_is_found_and_what_it_leaves_alone(
         assert found["even", method].value.mean == 0.0
         assert not found["even", method].clear
     assert found["hush", "lora"].unsteered == pytest.approx(100.0, abs=10)
+    assert (found["hush", "lora"].judge, found["wrong way", "lora"].judge) == ("hush", "buzz")
     asked = {row["system_prompt"] for row in Run(tmp_path / "beside" / "hush").read("answers")}
     assert asked == {None, *(pair.pos for pair in traits["buzz"].instructions)}
     answers = tmp_path / "beside" / "hush" / "answers.jsonl"
@@ -132,6 +133,21 @@ def test_what_a_planted_difference_moves_is_found_and_what_it_leaves_alone(
     assert go() == [*found.values()]  # nothing is answered twice
     assert {each.measure for each in go(("even",))} >= {"even", "wrong way"}
     assert answers.read_bytes() == before  # a trait that is not asked for again is kept
+
+
+def test_how_fit_every_judge_of_its_parts_is_stands_beside_the_scores(tmp_path):
+    run, *parts = (
+        Run.open(tmp_path / name, command="side-effects", config={}, seed=0) for name in "abc"
+    )
+    names = ("validation", "second_validation", "canaries", "second_canaries")
+    for part in parts:
+        for name in names:
+            own = {"judge": name, "criterion": part.folder.name}
+            part.write(name, [own, {"judge": name, "criterion": COHERENCE}])
+    side_effects._keep_fitness(run, parts)
+    for name in names:
+        assert [row["criterion"] for row in run.read(name)] == ["b", COHERENCE, "c"]
+        assert {row["judge"] for row in run.read(name)} == {name}
 
 
 def test_less_of_the_trait_is_asked_under_its_negative_prompt(

@@ -111,7 +111,7 @@ def test_the_csv_files_extract_to_the_same_vectors(run_prompts, chat_model, trai
     folder = made.run.folder
     with (folder / "cheer_pos_instruct.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == ["question", "prompt", "answer", "cheer", "coherence"]
+    assert list(rows[0]) == ["question", "prompt", "answer", "cheer", "coherence", "judge"]
     again = Extraction(chat_model, trait, tmp_path / "again").from_files(
         folder / "cheer_pos_instruct.csv",
         folder / "cheer_neg_instruct.csv",
