@@ -6,7 +6,7 @@ Knows the rows of ``answers.jsonl`` and ``verdicts.jsonl``; refuses to know how 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from persona_lora.core.chat import COHERENCE, Condition, Series
@@ -143,6 +143,18 @@ def question_means(cluster: Cluster) -> dict[int, float]:
 
 
 UNFIT = "unfit for"  # behind a judge's name, before that of a criterion
+JUDGE_UNFIT = " (judge unfit)"  # behind a trait's name, where no judge is named
+
+
+def unfit_for(validation: Iterable[Row]) -> frozenset[str]:
+    """Return the criteria that rows of a judge's validation call it unfit for."""
+    return frozenset(str(row["criterion"]) for row in validation if row.get("fit") is False)
+
+
+def marked(judge: str, criteria: Iterable[str], unfit: Collection[str]) -> str:
+    """Return a judge's name with what of these it is unfit for, as in "reader (unfit for evil)"."""
+    found = [each for each in criteria if each in unfit]
+    return f"{judge} ({UNFIT} {', '.join(found)})" if found else judge
 
 
 def judges_of(verdicts: Iterable[Row], criterion: str, *, bare: bool = False) -> str:
