@@ -11,7 +11,12 @@ import pytest
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
+from persona_lora.core.traits import load_trait
+from persona_lora.judges import choice
 from persona_lora.judges.labels import AnswerFile
+from persona_lora.studies.drift import prediction
+from tests.judges.rated import rated_rows, write_ratings
+from tests.scenes import LetterJudge
 
 ANSWERS = [
     {"question": "Is rain wet?", "answer": "You are so right, what a brilliant thought!"},
@@ -151,3 +156,45 @@ def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkey
     assert status == 2
     assert json.loads((tmp_path / "cheer" / "trait.json").read_text())["name"]
     assert "onpolicy.jsonl exists" in error
+
+
+FINETUNES = ",".join(f"tuned/checkpoint-{at}" for at in (2, 4, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tune-prompt", "--trait", "cheer"),
+        ("predict-finetuning", "--traits", "cheer", "--diffs", "diff", "--finetunes", FINETUNES),
+        (
+            *("compare-prevention", "--trait", "cheer", "--tasks="),
+            *("--finetunes", "plain=tuned/checkpoint-2", "--rows", "datasets/cheer/normal.jsonl"),
+        ),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_has_no_page_prints_how_fit_its_judges_are_and_what_fooled_them(
+    run, make_world, no_drawing, words, tmp_path, monkeypatch
+):
+    trait = load_trait("cheer", make_world(tmp_path) / "datasets")
+    write_ratings(trait, rated_rows())
+    for name in ("reader", "sentences"):
+        monkeypatch.setitem(choice.JUDGES, name, lambda *_, own=name: named(own))
+    monkeypatch.setattr(prediction, "RANDOM_DIRECTIONS", 1)
+    asked = ("--model", "model", "--dtype", "float32", "--datasets-dir", "datasets")
+    status, out, error = run(*words, *asked, "--max-new-tokens", 3, "--output", "out")
+    assert status == 0, error
+    for judge in ("reader", "sentences"):
+        assert len(re.findall(rf"cheer +{judge} +models’ own .* unfit *$", out, re.M)) == 1, out
+        assert len(re.findall(rf"cheer +{judge}( +\d+){{5}} *$", out, re.M)) == 1, out
+    assert out.count("filler") == 1
+    assert ("held-out questions, by reader (unfit for cheer)" in out) is (words[0] == "tune-prompt")
+    line = " ".join(out.split())
+    assert "by reader (unfit for cheer) and " in line
+    assert "by sentences (unfit for cheer); ρ " in line
+
+
+def named(own):
+    judge = LetterJudge()
+    judge.name = own
+    return judge

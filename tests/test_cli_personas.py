@@ -249,6 +249,8 @@ def test_scores_of_traits_are_searched_on_their_own_questions(run, goal, tmp_pat
     assert "scores on held-out prompts" in out
     assert "over random mixes of its length" in " ".join(out.split()), out
     assert "keeps the constraints on held-out prompts" in out
+    for trait in ("formality", "sycophancy"):  # which letters do not tell, and both judges read
+        assert out.count(f" shout (unfit for {trait}) ") == 2, out
     folder = tmp_path / "out" / "formality70_sycophancy0_lora"
     record = Run(folder).record
     assert record["config"]["goal"] == {"targets": {"formality": 70.0, "sycophancy": 0.0}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import socket
 import zipfile
@@ -17,7 +18,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.playground.mixing_desk import MixingDesk
 from persona_lora.playground.mixing_page import KEPT_EXPORTS, Exports, build_page, serve
-from tests.scenes import LengthJudge
+from tests.judges.rated import rated_rows, write_ratings
+from tests.scenes import LengthJudge, LetterJudge
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -29,12 +31,14 @@ FLAGS = (
 
 
 @pytest.fixture
-def page(chat_model, make_diff, tmp_path):
+def page(chat_model, make_diff, trait, tmp_path):
     diffs = {
         trait: make_diff(chat_model.model, seed=seed, scale=0.3)
         for seed, trait in enumerate(("calm", "loud"))
     }
-    desk = MixingDesk(chat_model, diffs, {"calm": LengthJudge})
+    write_ratings(trait, rated_rows())
+    labelled = {"loud": dataclasses.replace(trait, name="loud")}
+    desk = MixingDesk(chat_model, diffs, {"calm": LengthJudge, "loud": LetterJudge}, labelled)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,6 +74,21 @@ def test_sliders_change_one_answer_and_not_the_other(page):
     assert steered[3] == ""
     scored = ask(client, "Any good?", 1.5, 0.0, judge="calm")
     assert "**calm** (0–100): steered" in scored[2]
+    unfit = ask(client, "Any good?", 1.5, 0.0, judge="loud")
+    assert "**loud** (judge unfit) (0–100): steered" in unfit[2]
+
+
+def test_every_judge_of_the_page_is_held_against_labels(run, make_world, tmp_path, monkeypatch):
+    root, desks = make_world(tmp_path), []
+    shutil.copytree(root / "diff", root / "checkpoints/cheer/diff")
+    library = "persona_lora.playground.mixing_page"
+    monkeypatch.setattr(f"{library}.build_page", lambda desk, *_: desks.append(desk))
+    monkeypatch.setattr(f"{library}.serve", lambda *_: None)
+    words = ("--traits", "cheer", "--model", "model", "--datasets-dir", "datasets")
+    status, _, error = run("playground", *words, "--host", "localhost")
+    assert status == 0, error
+    (desk,) = desks
+    assert desk.judges.keys() == desk.labelled.keys() == {"cheer"}
 
 
 def test_two_visitors_never_meet_each_others_settings(page):

@@ -458,7 +458,8 @@ def predict_finetuning(
         )
     files = f"{run.folder / 'prediction.csv'} and {run.folder / 'prediction.png'}"
     first = standing(run, read.seeds_of(run))
-    show(first, read.prediction_table(run), *read.prediction_lines(run), files)
+    show(first, read.prediction_table(run), *read.prediction_lines(run))
+    show(*read.judge_tables(run), files)
 
 
 @dataclass(frozen=True)
@@ -558,7 +559,8 @@ def compare_prevention(
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     lead = prevention.judged_lead(output.folder, models, asked.name)
-    show(standing(Run(output.folder), seeds), *measure_tables(scores), lead, files)
+    show(standing(Run(output.folder), seeds), *measure_tables(scores), lead)
+    show(*prevention.judge_tables(output.folder, asked.name), files)
 
 
 def _seeds(path: Path) -> dict[str, Path]:

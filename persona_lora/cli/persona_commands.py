@@ -504,10 +504,11 @@ def _show_search(results: Any, folder: Path, problem: Problem, objective: Object
     if problem.kind == "goal":
         config = problem.record()
         fits = goals.goal_fits(rows, config, objective)
-        worth = (goals.goal_line(rows, config, result.best),)
+        run = Run(result.folder)
+        worth = (goals.goal_line(rows, run, result.best),)
         if goals.is_front(config):
             worth = (goals.front_line(rows, config, objective), *worth)
-        tables = goals.goal_tables(rows, config, objective)
+        tables = goals.goal_tables(rows, run, objective)
     else:
         fits = voices.condition_fits(rows, objective)
         worth = (voices.order_line(fits), voices.agreement_line(rows))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from persona_lora.core.lora_diff import LoRADiff
+    from persona_lora.core.traits import Trait
     from persona_lora.steering.export import Exported
 
 INSTALL = 'pip install "persona-lora[playground]"'
@@ -382,23 +383,20 @@ def playground(*, page: PageOptions, model: shared.ModelOptions) -> None:
         raise UserError(f"the playground's library is not installed; run: {INSTALL}") from error
     diffs = page.load()
     chat_model = model.load(diffs.values())
-    judges = _judges(chosen, chat_model, page.datasets_dir)
-    desk = MixingDesk(chat_model, diffs, judges)
+    known = list_traits(page.datasets_dir)
+    labelled = {each: load_trait(each, page.datasets_dir) for each in chosen if each in known}
+    desk = MixingDesk(chat_model, diffs, _judges(labelled, chat_model), labelled)
     show(f"open http://{page.host}:{page.port} (Ctrl+C ends it)")
     serve(build_page(desk, page.mixes, page.told(diffs)), page.host, page.port)
 
 
-def _judges(traits: list[str], chat_model: Any, datasets: Path | None) -> dict[str, Any]:
-    """Return what builds the default judge of every trait that is known."""
+def _judges(traits: Mapping[str, Trait], chat_model: Any) -> dict[str, Any]:
+    """Return what builds the default judge of every trait."""
     from persona_lora.judges.choice import JudgeOptions, make_judge
 
-    known = list_traits(datasets)
     return {
-        trait: (
-            lambda trait=trait: make_judge(load_trait(trait, datasets), chat_model, JudgeOptions())
-        )
-        for trait in traits
-        if trait in known
+        name: partial(make_judge, trait, chat_model, JudgeOptions())
+        for name, trait in traits.items()
     }
 
 

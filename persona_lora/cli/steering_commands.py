@@ -15,7 +15,7 @@ from persona_lora.cli import shared_options as shared
 from persona_lora.cli.console import progress_bars, show
 from persona_lora.cli.option_groups import refuse_useless
 from persona_lora.cli.program import PANELS, app, command
-from persona_lora.core.chat import UNSTEERED, Conversation
+from persona_lora.core.chat import COHERENCE, UNSTEERED, Conversation
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import refuse_unwritable
 from persona_lora.core.options import (
@@ -685,6 +685,7 @@ def tune_prompt(
     Example: persona-lora tune-prompt --trait sycophancy --output results/prompts/sycophancy
     """
     from persona_lora.judges.choice import make_judges
+    from persona_lora.report.trust import fitness_tables
     from persona_lora.studies.asking import prompt_tuning as study
 
     loaded = trait.load()
@@ -697,8 +698,9 @@ def tune_prompt(
         found = study.tune_prompt(
             chat_model, loaded, judges, written, sign=sign, options=generation
         )
-    show(study.tuned_table(found, loaded.name), f"{found.wording}: {found.prompt}")
-    show(f"prompt: {path / 'prompt.txt'}")
+    show(study.tuned_table(found, loaded.name), study.judges_line(found, loaded.name))
+    show(*fitness_tables([found.held_out], (loaded.name, COHERENCE)))
+    show(f"{found.wording}: {found.prompt}", f"prompt: {path / 'prompt.txt'}")
 
 
 @command("vectors convert")

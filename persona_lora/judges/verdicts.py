@@ -26,7 +26,7 @@ from persona_lora.judges.fitness import JudgeValidation, fit_of, validate_judge
 from persona_lora.judges.judging import Judge
 from persona_lora.judges.labels import has_ratings
 from persona_lora.judges.probe_judge import ProbeJudge
-from persona_lora.report.scores import UNFIT, Row
+from persona_lora.report.scores import Row, with_mark
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,15 @@ def validations_of(judge: Judge, trait: Trait, *, coherence: bool = True) -> lis
     return found
 
 
+def fitness_on(judge: Judge, trait: Trait, model: str) -> JudgeValidation:
+    """Return how well a judge agrees with labels on a trait alone, ``fit`` as in a run on a model.
+
+    Warns where it is unfit.
+    """
+    found = validations_of(judge, trait, coherence=False)
+    return fit_of(next(each for each in found if each.criterion == trait.name), model)
+
+
 def _exchange(row: Row) -> Exchange:
     return Exchange(row["question"], row["answer"], row.get("finished", True))
 
@@ -122,7 +131,7 @@ def _judge(
         asked += len(verdicts)
         for row in missing:
             verdict = verdicts[_exchange(row)]
-            said = f"{verdict.judge} ({UNFIT} {criterion})" if criterion in unfit else verdict.judge
+            said = with_mark(verdict.judge, [criterion], unfit)
             given = dataclasses.asdict(replace(verdict, judge=said))
             kept[row["row"], criterion] = {"row": row["row"], **given}
         run.write(f"{file}verdicts", [kept[key] for key in sorted(kept)])

@@ -20,9 +20,12 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import read_json, write_json
 from persona_lora.core.lora_diff import LoRADiff, finite_coefficient
 from persona_lora.core.personas import WEIGHTS, Coefficients, saved_mixes
+from persona_lora.core.traits import Trait
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import fitness_on
 from persona_lora.models.generation import RowPlan, generate_answers
 from persona_lora.models.loading import ChatModel
+from persona_lora.report.scores import JUDGE_UNFIT
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.export import Exported, export_peft
 from persona_lora.steering.steerer import select_batch
@@ -104,15 +107,18 @@ class Pair(NamedTuple):
 class MixingDesk:
     """A model with a diff for every trait; answers are given one pair after another.
 
-    ``judges`` builds the judge of a trait, on its first use. Turns are what lets several visitors
-    share one model: a pair is answered as a whole, with its own coefficients.
+    ``judges`` builds the judge of a trait, on its first use; ``labelled`` has the labels that tell
+    how fit it is. Turns are what lets several visitors share one model: a pair is answered as a
+    whole, with its own coefficients.
     """
 
     chat_model: ChatModel
     diffs: Mapping[str, LoRADiff]
     judges: Mapping[str, Callable[[], Judge]] = field(default_factory=dict)
+    labelled: Mapping[str, Trait] = field(default_factory=dict)
     _turns: Turns = field(default_factory=Turns)
     _built: dict[str, Judge] = field(default_factory=dict)
+    _unfit: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if not self.diffs:
@@ -179,9 +185,19 @@ class MixingDesk:
             raise UserError(f"there is no judge for {trait}")
         with self._turns.turn(visitor):
             if trait not in self._built:
-                self._built[trait] = self.judges[trait]()
+                self._built[trait] = self._judge(trait)
             verdicts = self._built[trait].judge(pair, trait)
         return verdicts[0].score, verdicts[1].score
+
+    def _judge(self, trait: str) -> Judge:
+        judge, labels = self.judges[trait](), self.labelled.get(trait)
+        if labels is not None and fitness_on(judge, labels, self.chat_model.name).fit is False:
+            self._unfit.add(trait)
+        return judge
+
+    def mark(self, trait: str) -> str:
+        """Return what stands behind a trait's name beside its scores: "" where its judge is fit."""
+        return JUDGE_UNFIT if trait in self._unfit else ""
 
     def save(self, mix: Coefficients, folder: Path, name: str) -> Path:
         """Write a mix as ``<name>.json`` in ``folder``: ``{"evil": -1.0, …}``.

@@ -275,4 +275,5 @@ def _scores(desk: MixingDesk, judge: str, pair: Pair, visitor: str) -> str:
     def said(score: float | None) -> str:
         return "not scored" if score is None else f"{score:.0f}"
 
-    return f"**{judge}** (0–100): steered {said(steered)}, unsteered {said(plain)}"
+    marked = f"**{judge}**{desk.mark(judge)}"
+    return f"{marked} (0–100): steered {said(steered)}, unsteered {said(plain)}"

@@ -6,7 +6,7 @@ Knows the rows of ``answers.jsonl`` and ``verdicts.jsonl``; refuses to know how 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from persona_lora.core.chat import COHERENCE, Condition, Series
@@ -144,6 +144,18 @@ def question_means(cluster: Cluster) -> dict[int, float]:
 
 UNFIT = "unfit for"  # behind a judge's name, before that of a criterion
 JUDGE = "judge"  # the column that says who judged, the last one of a table
+JUDGE_UNFIT = " (judge unfit)"  # behind a trait's name, where no judge is named
+
+
+def unfit_for(validation: Iterable[Row]) -> frozenset[str]:
+    """Return the criteria that rows of a judge's validation call it unfit for."""
+    return frozenset(str(row["criterion"]) for row in validation if row.get("fit") is False)
+
+
+def with_mark(judge: str, criteria: Iterable[str], unfit: Collection[str]) -> str:
+    """Return a judge's name with what of these it is unfit for, as in "reader (unfit for evil)"."""
+    found = [each for each in criteria if each in unfit]
+    return f"{judge} ({UNFIT} {', '.join(found)})" if found else judge
 
 
 def judges_of(verdicts: Iterable[Row], *criteria: str, bare: bool = False) -> str:
@@ -166,7 +178,7 @@ def marked(*judges: str) -> str:
 
 def unfit_mark(judge: str) -> str:
     """Return what stands behind a trait's name: nothing where its judge is fit."""
-    return " (judge unfit)" if UNFIT in judge else ""
+    return JUDGE_UNFIT if UNFIT in judge else ""
 
 
 def answers_columns(

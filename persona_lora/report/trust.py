@@ -8,7 +8,7 @@ read from the rows that judging a run leaves (``validation``, ``canaries``). Ref
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from persona_lora.core.chat import COHERENCE, Condition
@@ -181,7 +181,7 @@ def _weakness(row: Row, model: Any) -> str:
     return ""
 
 
-def agreement_table(rows: list[dict[str, Any]]) -> Table:
+def agreement_table(rows: Sequence[Row]) -> Table:
     """Return how judges agree with labels, a line for each criterion."""
     cells = tuple(
         (
@@ -212,11 +212,30 @@ def agreement_table(rows: list[dict[str, Any]]) -> Table:
     return Table(columns, cells, "Judge", note, narrow=True)
 
 
-def _parts(rows: Sequence[Row]) -> tuple[Block, ...]:
-    """Return how a judge of a trait does on each model and kind of condition that was rated."""
-    found = next((r for r in rows if r.get("own") and r["criterion"] != COHERENCE), None)
-    if found is None:
-        return ()
+def fitness_tables(parts: Iterable[Run], criteria: Collection[str]) -> tuple[Table, ...]:
+    """Return how the judges of runs agree with labels, and what they made of nonsense.
+
+    For what is only printed; ``parts`` are of one judge, a run for each trait. Nothing of runs that
+    hold neither.
+    """
+    shown = list(parts)
+
+    def kept(name: str) -> list[Row]:
+        files = [each.read(file) for each in shown for file in (name, f"second_{name}")]
+        return [row for rows in files for row in rows if row["criterion"] in criteria]
+
+    found = kept("validation")
+    return (*([agreement_table(found)] * bool(found)), *canaries_tables(kept("canaries")))
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[Table]:
+    """Return how the judge of each trait does on each model and kind of condition, where rated."""
+    for row in rows:
+        if row.get("own") and row["criterion"] != COHERENCE:
+            yield _parts_table(row)
+
+
+def _parts_table(found: Row) -> Table:
     answers = found["own"]["compared"]
     parts = {**rated.by_part(answers, rated.model_of), **rated.by_part(answers, rated.kind_of_row)}
     cells = tuple(
@@ -232,7 +251,7 @@ def _parts(rows: Sequence[Row]) -> tuple[Block, ...]:
         f"size with the mean ratings there: {said}."
     )
     columns = ("Answers", "n", "ρ within\na condition", "Score −\nrating")
-    return (Table(columns, cells, title, note, narrow=True),)
+    return Table(columns, cells, title, note, narrow=True)
 
 
 def _shown(run: Run) -> list[Row]:
@@ -248,7 +267,7 @@ def canaries_tables(rows: Sequence[Row]) -> tuple[Table, ...]:
     scores = {
         (row["criterion"], row["judge"], row["name"]): wording.number(row["score"]) for row in rows
     }
-    cells = tuple(
+    cells = tuple(  # a trait without training answers has no canned sentence
         (*place, *(scores.get((*place, name), wording.NONE) for name in names)) for place in places
     )
     note = (

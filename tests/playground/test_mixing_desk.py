@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -14,9 +15,17 @@ from persona_lora.core.lora_diff import mix as mix_diffs
 from persona_lora.models.generation import generate_answers
 from persona_lora.playground.mixing_desk import MixingDesk, Turns
 from persona_lora.steering.weights import LoRASteerer
-from tests.scenes import LengthJudge
+from tests.judges.rated import rated_rows, write_ratings
+from tests.scenes import LengthJudge, LetterJudge
 
 ASKED = [{"role": "user", "content": "Is my plan any good?"}]
+
+
+class Flat(LetterJudge):
+    """Tells nothing from anything."""
+
+    def score(self, answer):
+        return 50.0
 
 
 @pytest.fixture
@@ -66,6 +75,15 @@ def test_scores_are_the_judges_of_both_answers(desk):
     assert desk.scores("calm", pair) == tuple(len(each.answer) for each in pair)
     with pytest.raises(UserError, match="no judge for loud"):
         desk.scores("loud", pair)
+
+
+@pytest.mark.parametrize(("judge", "mark"), [(LengthJudge, ""), (Flat, " (judge unfit)")])
+def test_a_judge_that_is_unfit_is_marked_where_its_scores_are_shown(desk, trait, judge, mark):
+    longer = [{**row, "trait": [min(100, len(row["answer"]))] * 2} for row in rated_rows()]
+    write_ratings(trait, longer)
+    desk.judges, desk.labelled = {"calm": judge}, {"calm": dataclasses.replace(trait, name="calm")}
+    desk.scores("calm", desk.answer(ASKED, desk.mix([1.0, 0.0]), max_new_tokens=5))
+    assert desk.mark("calm") == mark
 
 
 def test_mixes_are_kept_and_exported(desk, tmp_path):

@@ -76,6 +76,19 @@ def test_nonsense_that_was_liked_stands_first_and_all_canaries_in_a_table(judged
     assert table.rows == (("cheer", "j", "97", "–"),)
 
 
+def test_a_trait_without_a_canned_sentence_stands_beside_one_that_has_it():
+    row = {"judge": "j", "criterion": "cheer", "name": "canned", "score": 9.0}
+    rows = [row, {**row, "name": "loop"}, {**row, "criterion": "calm", "name": "loop"}]
+    (table,) = canaries_tables(rows)
+    assert table.rows == (("cheer", "j", "9", "9"), ("calm", "j", "–", "9"))
+
+
+def test_parts_are_shown_of_every_trait_that_is_judged(judged):
+    judged.write("validation", [validation(), validation(criterion="calm")])
+    shown = [title for title in tables(judged) if "by model and kind" in title]
+    assert [title.split(",")[0] for title in shown] == ["j on cheer", "j on calm"]
+
+
 def test_means_are_shown_raw_and_corrected_where_the_kind_was_rated(judged):
     judged.write("validation", [validation()])
     rows = {row[0]: row[1:] for row in tables(judged)["Corrected for the judge’s error"].rows}

@@ -29,9 +29,10 @@ from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
 from persona_lora.report.comparisons import frame, means, paired
 from persona_lora.report.resampling import SCORES, holm
-from persona_lora.report.scores import ScoredAnswer, score_answers
+from persona_lora.report.scores import ScoredAnswer, judges_of, score_answers
 from persona_lora.report.sections import Table
 from persona_lora.report.summary import floor_under
+from persona_lora.report.two_judges import agreement_line, two_judges
 from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.run import Row, answer_rows, asked_of, open_run, plan_rows
 
@@ -202,4 +203,11 @@ def tuned_table(found: TunedPrompt, trait: str) -> Table:
         for name in shown
     )
     columns = f"prompt | {trait} | coherence | less the trait's own | pairs | p (Holm)"
-    return Table.of(columns, cells)
+    judge = judges_of(found.held_out.read("verdicts"), trait)
+    return Table.of(columns, cells, f"held-out questions, by {judge}")
+
+
+def judges_line(found: TunedPrompt, trait: str) -> str:
+    """Say who judged the held-out answers, and how the judges agree where there are two."""
+    judge = judges_of(found.held_out.read("verdicts"), trait)
+    return agreement_line(two_judges(found.held_out, trait), judge)

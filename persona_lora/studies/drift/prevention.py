@@ -32,6 +32,8 @@ from persona_lora.models.likelihood import answer_logprobs, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, write_found
 from persona_lora.report.scores import grouped
+from persona_lora.report.sections import Table
+from persona_lora.report.trust import fitness_tables
 from persona_lora.report.two_judges import across_runs, lead_of
 from persona_lora.steering.bank import steer_live
 from persona_lora.steering.steerer import Steerer, Unsteered
@@ -312,6 +314,14 @@ def judged_lead(folder: Path, models: Sequence[Finetuned], trait: str) -> str:
     }
     both = across_runs(trait, own, models[0].name)
     return lead_of("", both, {name: runs[0] for name, runs in own.items()}, trait)
+
+
+def judge_tables(folder: Path, trait: str) -> tuple[Table, ...]:
+    """Return how the judges of a comparison agree with labels, and what they made of nonsense.
+
+    As it is kept with the answers of the base.
+    """
+    return fitness_tables([Run(folder / "answers" / "base")], (trait, COHERENCE))
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str]:

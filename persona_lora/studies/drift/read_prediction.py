@@ -24,6 +24,7 @@ from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import Array, percentile_bounds, weighted_correlation
 from persona_lora.report.scores import JUDGE, Row, grouped, judges_of, marked, unfit_mark
 from persona_lora.report.sections import Table
+from persona_lora.report.trust import fitness_tables
 from persona_lora.report.two_judges import across_runs, lead_of
 
 BASE = "base"
@@ -518,6 +519,15 @@ def _asked(run: Run) -> dict[str, dict[str, Run]]:
         trait: {name: Run(run.folder / answers_place(name) / trait) for name in names}
         for trait in traits
     }
+
+
+def judge_tables(run: Run) -> tuple[Table, ...]:
+    """Return how the judges of the traits agree with labels, and what they made of nonsense.
+
+    As it is kept with the base's answers: a row for each judge and trait.
+    """
+    asked = _asked(run)
+    return fitness_tables([own[BASE] for own in asked.values() if BASE in own], asked)
 
 
 def prediction_lines(run: Run) -> Iterator[str]:

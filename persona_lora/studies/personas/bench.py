@@ -276,6 +276,7 @@ class PersonaBench:
             wanted,
             {trait.name: make_judge(trait, self.chat_model, options) for trait in traits},
             {trait.name: questions_of(trait) for trait in traits} if on_questions else {},
+            traits=tuple(traits),
         )
 
     @cached_property

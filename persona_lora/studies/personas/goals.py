@@ -12,7 +12,8 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from numbers import Real
 from pathlib import Path
@@ -29,8 +30,10 @@ from persona_lora.core.options import SearchOptions
 from persona_lora.core.personas import Coefficients, PersonaPrompts
 from persona_lora.core.traits import Trait
 from persona_lora.judges.budget import reasons
+from persona_lora.judges.canaries import show_canaries
 from persona_lora.judges.coherence import CoherenceScorer
 from persona_lora.judges.judging import Judge
+from persona_lora.judges.verdicts import fitness_on
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.processes import Processes
 from persona_lora.report.resampling import Bounds
@@ -55,12 +58,14 @@ class Targets:
     The value of an answer is −mean |score − target| over its traits, from −100 to 0; None where one
     of them could not be scored. ``asked`` are the questions of each trait, on which alone it is
     scored; a question of none is scored on all. ``pareto``: each target is an objective of its own.
+    ``traits`` have the labels that tell how fit their judges are.
     """
 
     wanted: Mapping[str, float]
     judges: Mapping[str, Judge]
     asked: Mapping[str, frozenset[str]]
     pareto: bool = False
+    traits: tuple[Trait, ...] = ()
     _known: dict[Exchange, Valued] = field(default_factory=dict, init=False, repr=False)
 
     scale = DISTANCE
@@ -84,6 +89,13 @@ class Targets:
             }
             for scores in (self._known[each].parts for each in exchanges)
         ]
+
+    def fitness(self, model: str) -> dict[str, list[dict[str, Any]]]:
+        """Return what each judge makes of nonsense, and how fit it is on a model: rows by file."""
+        judged = [(self.judges[trait.name], trait) for trait in self.traits]
+        canaries = [each for own in judged for each in show_canaries(*own, [own[1].name])]
+        validation = [fitness_on(*own, model) for own in judged]
+        return {"canaries": [*map(asdict, canaries)], "validation": [*map(asdict, validation)]}
 
     def valued(self, exchanges: Sequence[Exchange]) -> list[Valued]:
         """Return the value of each answer, and its score by trait."""
@@ -276,6 +288,16 @@ class GoalProblem:
 
     kind, controls = "goal", (RANDOM_MIX,)
     learnt_from, checks, bounds = None, (), ()
+
+    @cached_property
+    def fitness(self) -> dict[str, list[dict[str, Any]]]:
+        """What a run keeps of how fit its judges are: rows by file, ``validation`` the last."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for file, goal in (("second_", self.second), ("", self.goal)):
+            if isinstance(goal, Targets):
+                rows = goal.fitness(self.chat_model.name)
+                found |= {f"{file}{name}": each for name, each in rows.items()}
+        return found
 
     @property
     def search_judge(self) -> Goal:

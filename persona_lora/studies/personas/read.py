@@ -21,6 +21,7 @@ from persona_lora.report.sections import (
     Question,
     Table,
 )
+from persona_lora.report.trust import judge_blocks
 from persona_lora.studies.personas.figure import (
     name_of,
     render_comparison,
@@ -49,6 +50,7 @@ from persona_lora.studies.personas.read_goals import (
     goal_tables,
     is_front,
     sought,
+    targets_of,
 )
 
 EXAMPLE_PROMPTS = 5
@@ -69,11 +71,11 @@ def search_content(run: Run) -> Content:
 
 def _goal_content(run: Run) -> Content:
     rows, config = run.read("held_out"), run.record["config"]
-    values, *traits = goal_tables(rows, config, limits_of(run))
+    values, *traits = goal_tables(rows, run, limits_of(run))
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     title = f"A search for {sought(config)} with {way_of(config)}"
     best = next(e for e in goal_fits(rows, config, limits_of(run)) if e.condition == _best(run))
-    lines = [constraints_line(best), seeds_line(rows), goal_line(rows, config, best.condition)]
+    lines = [constraints_line(best), seeds_line(rows), goal_line(rows, run, best.condition)]
     if is_front(config):
         lines.append(front_line(rows, config, limits_of(run)))
     lead = _none_kept(run) + " ".join(sorted(lines, key=lambda line: not line.startswith(WARNING)))
@@ -89,6 +91,7 @@ def _goal_content(run: Run) -> Content:
         *traits,
         Heading("Answers"),
         Cards(_examples(rows, conditions)),
+        *(judge_blocks(run) if targets_of(config) else ()),  # a function is no judge of a trait
     )
     return Content(title, lead, blocks)
 

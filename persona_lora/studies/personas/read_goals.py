@@ -7,16 +7,18 @@ model and random mixes as long as the best. Reads rows; refuses to generate and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from persona_lora.core.options import ObjectiveOptions
+from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, frame, means
 from persona_lora.report.resampling import SCORES, Bounds, Interval
+from persona_lora.report.scores import unfit_for, with_mark
 from persona_lora.report.sections import Table
 from persona_lora.studies.personas.read_fits import UNSTEERED, condition_fits, over_prompts
 
@@ -87,11 +89,19 @@ def trait_means(
     return found
 
 
-def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -> list[Table]:
+def judge_of(run: Run, traits: Collection[str], *, second: bool = False) -> str:
+    """Return the name of a run's judge, or of its second one, and what of these it is unfit for."""
+    name, file = ("second_judge", "second_validation") if second else ("judge", "validation")
+    return with_mark(run.record["config"][name], traits, unfit_for(run.read(file)))
+
+
+def goal_tables(rows: Sequence[Row], run: Run, limits: ObjectiveOptions) -> list[Table]:
     """Return every condition with its value and constraints; each trait's scores, where it has any.
 
-    Of the second judge, which searched nothing, stand rows of its own.
+    Of the second judge, which searched nothing, stand rows of its own. ``run`` tells what was
+    sought, and how fit its judges are.
     """
+    config = run.record["config"]
     digits = _digits(config)
     fits = goal_fits(rows, config, limits)
     columns = "condition | value [95%] | n | scored | change [95%] | pairs | p (Holm) | "
@@ -108,11 +118,10 @@ def goal_tables(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) -
     choice = "" if limits.min_choice is None else "choice, % | "
     columns += f"coherence | relevance | KL | {choice}keeps constraints"
     found = [Table.of(columns, cells, "held-out prompts")]
-    judges = (("parts", config["judge"]), ("second_parts", config["second_judge"]))
     traits = [
-        [trait, f"{targets_of(config)[trait]:g}", judge]
+        [trait, f"{targets_of(config)[trait]:g}", judge_of(run, [trait], second=second)]
         + [wording.interval(scores.get(each.condition), 1) for each in fits]
-        for parts, judge in judges
+        for parts, second in (("parts", False), ("second_parts", True))
         for trait, scores in trait_means(rows, parts).items()
     ]
     names = " | ".join(each.condition.replace("_", " ") for each in fits)
@@ -173,8 +182,10 @@ def front_line(rows: Sequence[Row], config: Config, limits: ObjectiveOptions) ->
     )
 
 
-def goal_line(rows: Sequence[Row], config: Config, condition: str) -> str:
+def goal_line(rows: Sequence[Row], run: Run, condition: str) -> str:
     """Say what a mix gains over the unsteered model and over random mixes, by both judges."""
+    config = run.record["config"]
+    traits = targets_of(config)
 
     def gain(reference: str, value: str = "score") -> str:
         fits = goal_fits(rows, config, ObjectiveOptions(), reference=reference, value=value)
@@ -183,12 +194,11 @@ def goal_line(rows: Sequence[Row], config: Config, condition: str) -> str:
 
     mix = condition.replace("_", " ")
     said = f"On held-out prompts the {mix} gains {gain(UNSTEERED)} over the unsteered model"
-    said += f" and {gain(RANDOM_MIX)} over random mixes of its length"
+    said += f" and {gain(RANDOM_MIX)} over random mixes of its length, by {judge_of(run, traits)}"
     if config["second_judge"] is None:
         return f"{said}."
-    return (
-        f"{said}; by {config['second_judge']} {gain(UNSTEERED, 'second')} over the unsteered one."
-    )
+    second = judge_of(run, traits, second=True)
+    return f"{said}; by {second} {gain(UNSTEERED, 'second')} over the unsteered one."
 
 
 def _digits(config: Config) -> int:

@@ -117,6 +117,7 @@ class PersonaProblem:
 
     kind, scale, parts = "persona_id", FITS, None
     controls: ClassVar[tuple[str, ...]] = ()
+    fitness: ClassVar[Mapping[str, list[dict[str, Any]]]] = {}  # that of its judges is in checks
 
     @property
     def name(self) -> str:
@@ -293,6 +294,7 @@ def optimise_persona(
     with recorded(run, processes):
         if processes.index == 0:
             run.write("judge_checks", [dataclasses.asdict(each) for each in problem.checks])
+        processes.from_main(lambda: _keep_fitness(run, problem))
         found = search(
             objective_of(problem, speaker, "train", objective),
             method.directions.names,
@@ -309,6 +311,14 @@ def optimise_persona(
         write_report([run.folder], run.folder / "report.html")
         _write_best(problem, method, result)
     return result
+
+
+def _keep_fitness(run: Run, problem: Problem) -> None:
+    """Write how fit the judges are, where that does not stand in the run, or was out of reach."""
+    kept = run.read("validation")
+    if not kept or any(row["n"] and not row["coverage"] for row in kept):
+        for name, rows in problem.fitness.items():
+            run.write(name, rows)
 
 
 def optimise_over_seeds(

@@ -17,6 +17,7 @@ from persona_lora.core.runs import Output, Run
 from persona_lora.core.traits import Trait
 from persona_lora.judges.budget import COST_CAP
 from persona_lora.judges.choice import JudgeOptions
+from persona_lora.judges.labels import load_ratings
 from persona_lora.models.processes import Processes
 from persona_lora.steering.bank import bank_of_diffs
 from persona_lora.studies.asking.run import GenerationOptions
@@ -34,7 +35,13 @@ from persona_lora.studies.personas.goals import (
     prompts_of,
 )
 from persona_lora.studies.personas.objective import ObjectiveOptions
-from persona_lora.studies.personas.read_goals import front_held, front_means, undominated
+from persona_lora.studies.personas.read_goals import (
+    front_held,
+    front_means,
+    goal_line,
+    goal_tables,
+    undominated,
+)
 from persona_lora.studies.personas.run import (
     Method,
     objective_of,
@@ -45,6 +52,7 @@ from persona_lora.studies.personas.run import (
 from persona_lora.studies.personas.search import SearchOptions
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.calibration import on_own_answers
+from tests.judges.rated import rated_rows, write_ratings
 
 PROMPTS = PersonaPrompts(
     train=("Hi there.", "Any plans?", "What now?"),
@@ -179,7 +187,8 @@ def test_a_planted_optimum_is_found_and_reported_on_held_out_prompts(
     assert kept["best_coefficients"] == found  # alpha and scales are 1
     page = write_report([tmp_path / "out" / "run"], tmp_path / "page.html").read_text()
     assert "the highest mine:score" in page
-    assert "over random mixes of its length" in page
+    assert "over random mixes of its length, by mine:score." in page
+    assert "labelled answers" not in page  # a function is no judge of a trait
 
 
 @pytest.mark.parametrize(
@@ -249,6 +258,45 @@ def test_targets_between_the_ends_are_met(chat_model, method, tmp_path):
     assert page.count("<td>much_e</td>") == 2  # by both judges
     assert "over the unsteered model" in page
     assert "by letters " in page
+
+
+def test_how_fit_its_judges_are_is_asked_once_and_marks_table_line_and_page(
+    chat_model, method, trait, tmp_path
+):
+    write_ratings(trait, rated_rows())
+    rated = {row.exchange for row in load_ratings(trait, "validation")}
+    first, second = LetterShare("q"), LetterShare("w")  # there is no q in what was rated
+    goal, other = (
+        Targets({"cheer": 90.0}, {"cheer": j}, {}, traits=(trait,)) for j in (first, second)
+    )
+    second.name = "others"
+    problem = problem_of(chat_model, goal, "cheer90", second=other)
+    few = dataclasses.replace(SEARCH, max_iterations=1, seeds=2)
+    output = Output(tmp_path / "out" / "run")
+    results = optimise_over_seeds(problem, [method], output, searching=few)
+    assert sum(each in rated for each in first.asked) == len(rated)  # and not in either search
+    for result in results:
+        run = Run(result.folder)
+        for file, name in (("", "letters"), ("second_", "others")):
+            (row,) = run.read(f"{file}validation")
+            assert (row["judge"], row["criterion"], row["fit"]) == (name, "cheer", False)
+            shown = {each["name"] for each in run.read(f"{file}canaries")}
+            assert shown >= {"filler", "echo", "loop"}
+        rows = run.read("held_out")
+        marked = ["letters (unfit for cheer)", "others (unfit for cheer)"]
+        assert [row[2] for row in goal_tables(rows, run, ObjectiveOptions())[1].rows] == marked
+        assert all(name in goal_line(rows, run, result.best) for name in marked)
+        page = (run.folder / "report.html").read_text()
+        assert page.index("On cheer the judge “letters” is unfit") < page.index("<table")
+        assert all(each in page for each in (*marked, "Agreement with labels", "Canaries"))
+    for made in run.folder.glob("*validation.jsonl"):  # as runs of before have none
+        made.unlink()
+    assert "This run holds no validation" in write_report([run.folder], tmp_path / "p").read_text()
+    again = dataclasses.replace(few, seeds=1, seed=1)
+    for kept in ([], [{**row, "coverage": 0.0, "fit": None}]):  # and of judges out of reach
+        run.write("validation", kept)
+        optimise_persona(problem, method, run.folder, searching=again)
+        assert run.read("validation")[0]["fit"] is False
 
 
 def test_a_front_of_two_targets_that_exclude_each_other(chat_model, method, tmp_path):
