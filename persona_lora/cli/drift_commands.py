@@ -558,7 +558,9 @@ def compare_prevention(
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     lead = prevention.judged_lead(output.folder, models, asked.name)
-    show(standing(Run(output.folder), seeds), *measure_tables(scores), lead, files)
+    right = prevention.corrected_models(output.folder, models, asked.name)
+    shown = [said for table in right for said in (table, table.note)]
+    show(standing(Run(output.folder), seeds), *measure_tables(scores), *shown, lead, files)
 
 
 def _seeds(path: Path) -> dict[str, Path]:
