@@ -151,8 +151,8 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
         lines.append((trait, " ".join(_said(runs, found))))
         for split in dict.fromkeys(split for split, _ in own):
             for method in moved:
-                each = own[split, method]
-                moved[method] += clear_sign(each.effect, each.effect_p) > 0
+                one = own[split, method]
+                moved[method] += clear_sign(one.effect, one.effect_p) > 0
             activation = own[split, ACTIVATION]
             winners.append(clear_sign(activation.difference, activation.p_holm))
             undecided += unclear(activation.difference, activation.p_holm) == UNDECIDED
