@@ -559,7 +559,9 @@ def compare_prevention(
         )
     files = f"{output.folder / 'prevention.csv'} and {output.folder / 'prevention.png'}"
     lead = prevention.judged_lead(output.folder, models, asked.name)
-    show(standing(Run(output.folder), seeds), *measure_tables(scores), lead)
+    right = prevention.corrected_models(output.folder, models, asked.name)
+    shown = [said for table in right for said in (table, table.note)]
+    show(standing(Run(output.folder), seeds), *measure_tables(scores), *shown, lead)
     show(*prevention.judge_tables(output.folder, asked.name), files)
 
 

@@ -25,9 +25,13 @@ import numpy as np
 from scipy.stats import t as student
 
 from persona_lora.core.chat import Condition
-from persona_lora.report.rated import kind_of_row
+from persona_lora.core.runs import Run
+from persona_lora.report import wording
+from persona_lora.report.rated import kind_of_row, models_of, rated_answers
 from persona_lora.report.resampling import Interval
-from persona_lora.report.two_way import SAME
+from persona_lora.report.scores import clusters, condition_of, minus, question_means, score_answers
+from persona_lora.report.sections import Table
+from persona_lora.report.two_way import SAME, Crossed, mean_gap
 
 FEWEST_QUESTIONS = 3
 CONFIDENCE = 0.95
@@ -126,3 +130,63 @@ def errors_by_kind(rated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, li
             of_kind = found.setdefault(kind_of_row(row), {})
             of_kind.setdefault(str(row["question"]), []).append(row["rating"] - row["score"])
     return found
+
+
+def effects_table(rows: Sequence[tuple[str, ...]], models: Sequence[str], said: str = "") -> Table:
+    """Return effects, raw and corrected by the ratings of ``models``; ``said`` ends the note."""
+    note = (
+        "Put right by how far the judge misses the ratings of answers of the same kinds of "
+        f"condition ({', '.join(models)}); intervals carry both uncertainties. It is assumed that "
+        "the answers at hand are misjudged by as many points as those that were rated: too many "
+        f"where their effects are smaller.{said}"
+    )
+    columns = ("Questions", "Effect", "Raw", "Corrected")[-len(rows[0]) :]
+    title = "Effects corrected for the judge’s error"
+    return Table(columns, tuple(rows), title, note, narrow=True)
+
+
+# -- finetunes -----------------------------------------------------------------------------------
+
+OF_FINETUNES = (
+    " Rated as finetuned are answers of other finetunes: whether these ones, prevented ones among "
+    "them, are misjudged by as much is not known. The same error on both sides, it leaves the "
+    "difference of two finetunes as it is."
+)
+
+
+def changes_from(trait: str, runs: Mapping[str, Sequence[Run]], base: str) -> dict[str, Crossed]:
+    """Return every model's mean trait minus that of ``base``, paired by question, with its test.
+
+    ``runs`` hold answers and verdicts: one of each training seed of a model, one of the base.
+    """
+    means = {name: [_means(run, trait) for run in own] for name, own in runs.items()}
+    (plain,) = means.pop(base)
+    return {name: mean_gap([minus(each, plain) for each in own]) for name, own in means.items()}
+
+
+def _means(run: Run, trait: str) -> dict[int, float]:
+    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
+    return question_means(clusters(scored, trait))
+
+
+def corrected_finetunes(
+    trait: str, runs: Mapping[str, Sequence[Run]], base: str
+) -> tuple[Table, ...]:
+    """Return ``changes_from`` the base, raw and corrected by errors on finetunes in general.
+
+    Nothing without the base, nor where none was rated; a finetune that is steered on top is of no
+    rated kind.
+    """
+    validation = [row for run in runs.get(base, ()) for row in run.read("validation")]
+    if not validation:
+        return ()
+    rated = rated_answers(validation, runs[base][0].record["config"].get("model"))
+    errors, rows = errors_by_kind(rated), []
+    for name, (change, _) in changes_from(trait, runs, base).items():
+        kinds = {kind_of(condition_of(row)) for row in runs[name][0].read("answers")}
+        if kinds == {UNSTEERED}:
+            right = corrected_change(change, errors, {FINETUNED: 1.0, UNSTEERED: -1.0})
+            if right is not None:
+                cells = wording.change(change), wording.change(right)
+                rows.append((f"{name} − {base}", *cells))
+    return (effects_table(rows, models_of(rated), OF_FINETUNES),) if rows else ()

@@ -73,8 +73,9 @@ class OverSeeds:
     """One condition over all seeds: means with their intervals over seeds and questions.
 
     ``change`` is from the unsteered model (of ``compare``: the diff's effect minus that of the
-    method, and ``score`` the method's effect; of ``VECTOR`` the vector's minus that of random
-    ones), ``p`` its test, ``p_holm`` corrected over all. ``judge`` names who judged.
+    method, and ``score`` the method's effect, ``score_p`` its test; of ``VECTOR`` the vector's
+    minus that of random ones), ``p`` its test, ``p_holm`` corrected over all. ``judge`` names who
+    judged.
     """
 
     condition: str
@@ -84,6 +85,7 @@ class OverSeeds:
     change: Interval | None = None
     p: float | None = None
     p_holm: float | None = None
+    score_p: float | None = None
     judge: str = ""
 
 
@@ -239,7 +241,8 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
     found, beside = [], []
     for split, method in by_run[0]:
         own = [each[split, method] for each in by_run]
-        one = OverSeeds(f"{split}: {method}", len(runs), mean_gap(own).interval)
+        effect, p = mean_gap(own)
+        one = OverSeeds(f"{split}: {method}", len(runs), effect, score_p=p)
         if method != LORA:
             one = _with_change(
                 one, [minus(each[split, LORA], each[split, method]) for each in by_run]
@@ -256,12 +259,16 @@ def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
 def effects_over(runs: Sequence[Run]) -> dict[tuple[str, str], MethodEffect]:
     """Return every method's effect by split and method: of one comparison, or over its seeds."""
     alone = [each for run in runs for each in read_comparison(run).overall]
-    found = {(e.split, e.method): MethodEffect(e.effect, e.difference, e.p_holm) for e in alone}
+    found = {
+        (e.split, e.method): MethodEffect(e.effect, e.difference, e.p_holm, effect_p=e.effect_p)
+        for e in alone
+    }
     if len(runs) > 1:
         found = {}
         for each in over_seeds(runs):
             split, _, method = each.condition.partition(": ")
-            found[split, method] = MethodEffect(each.score, each.change, each.p_holm)
+            tests = each.change, each.p_holm
+            found[split, method] = MethodEffect(each.score, *tests, effect_p=each.score_p)
     judge = _judges(runs)
     for place, own in grouped(alone, lambda each: (each.split, each.method)).items():
         strongest = max((each.most for each in own if each.most is not None), default=None)

@@ -7,6 +7,7 @@ Where a run is missing, the page says so, and names the command that makes it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, measure_tables
+from persona_lora.report.correction import corrected_finetunes
 from persona_lora.report.figures import Picture
-from persona_lora.report.scores import marked, unfit_mark
+from persona_lora.report.resampling import holm
+from persona_lora.report.scores import grouped, marked, unfit_mark
 from persona_lora.report.sections import Table, fill_template
 from persona_lora.report.trust import standing
 from persona_lora.report.wording import (
@@ -102,6 +105,7 @@ BASE_MODEL = "base"  # stands among the prevented ones for comparison
 Row = Mapping[str, Any]
 Part = dict[str, Any]
 Place = tuple[str, str]  # a set of questions, a method
+STEERED = (LORA, ACTIVATION)  # the methods of which the page asks whether they move a trait at all
 
 
 def write_research_questions(results: Path, page: Path) -> list[str]:
@@ -136,19 +140,20 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
         return None
     compared = list(by_name.values())
     rows, lines, at_level, winners, undecided = [], [], [], [], 0
-    moved = {LORA: 0, ACTIVATION: 0}
-    effects: dict[str, dict[Place, MethodEffect]] = {}
+    moved = dict.fromkeys(STEERED, 0)
+    effects = _tested({title_of(name): effects_over(runs) for name, runs in by_name.items()})
     once = []  # of each trait, what is called after it alone: sycophancy, not sycophancy_layer28
     for name, runs in by_name.items():
         found = [read_comparison(run) for run in runs]
         once += [runs] * (name == found[0].trait)
         trait = title_of(name)
-        own = effects[trait] = effects_over(runs)
+        own = effects[trait]
         at_level += [p.matched for each in found for p in each.points if p.matched is not None]
         lines.append((trait, " ".join(_said(runs, found))))
         for split in dict.fromkeys(split for split, _ in own):
             for method in moved:
-                moved[method] += (own[split, method].effect.low or 0.0) > 0
+                one = own[split, method]
+                moved[method] += clear_sign(one.effect, one.effect_p) > 0
             activation = own[split, ACTIVATION]
             winners.append(clear_sign(activation.difference, activation.p_holm))
             undecided += unclear(activation.difference, activation.p_holm) == UNDECIDED
@@ -190,6 +195,18 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
     }
 
 
+def _tested(
+    effects: Mapping[str, Mapping[Place, MethodEffect]],
+) -> dict[str, dict[Place, MethodEffect]]:
+    """Return the effects, the tests of weights and of vectors corrected over all of them."""
+    found = {trait: dict(own) for trait, own in effects.items()}
+    tested = [(trait, at) for trait, own in found.items() for at in own if at[1] in STEERED]
+    adjusted = holm([found[trait][at].effect_p for trait, at in tested])
+    for (trait, at), p in zip(tested, adjusted, strict=True):
+        found[trait][at] = replace(found[trait][at], effect_p=p)
+    return found
+
+
 def _runs_in(folder: Path) -> list[Run]:
     """Return the comparison in a folder, or those of its training seeds."""
     files = [*folder.glob("splits.jsonl"), *folder.glob("seed*/splits.jsonl")]
@@ -208,7 +225,8 @@ def _effects(split: str, own: Mapping[Place, MethodEffect]) -> Iterable[str]:
     for method in (LORA, ACTIVATION, RANDOM_LORA, RANDOM):
         each = own[split, method]
         most = "" if each.most is None else f" ({number(each.most)})"
-        yield interval(each.effect) + most
+        test = f", p {p_value(each.effect_p)}" if method in STEERED else ""
+        yield interval(each.effect) + most + test
     for method in (ACTIVATION, RANDOM_LORA):
         each = own[split, method]
         yield f"{interval(each.difference)}, p {p_value(each.p_holm)}"
@@ -280,16 +298,16 @@ def _beside_text(best: Prediction, text: Prediction, gap: Contrast) -> str:
     told = "worse than" if gap.high < 0 else told
     return (
         f"{told} the mean score of the training text (r {text.said}; weights minus text "
-        f"{between(gap.difference, gap.low, gap.high, 2)})"
+        f"{between(gap.difference, gap.low, gap.high, 2)}, the interval of one comparison)"
     )
 
 
 def _predicts(best: Prediction) -> str:
+    if best.r_low <= 0 or best.p_holm is None or best.p_holm >= CLEAR:
+        return "Not shown here."
     if best.r_low > EXPECTED_R:
         return "Yes."
-    if best.r_low > 0 and best.p_holm is not None and best.p_holm < CLEAR:
-        return "Yes; how closely is less certain." if best.r > EXPECTED_R else "In part."
-    return "Not shown here."
+    return "Yes; how closely is less certain." if best.r > EXPECTED_R else "In part."
 
 
 def _by_trait(
@@ -339,12 +357,21 @@ def _prevention(folder: Path, page: Path) -> list[Part]:
                 "rows": "\n\n".join(
                     f"{title}{each.markdown()}" for title, each in zip(told, tables, strict=True)
                 ),
+                "corrected": corrected_finetunes(trait, _answers_of(run, rows), BASE_MODEL),
                 "picture": _shown(
                     page, f"prevention_{trait}", picture, "What prevention buys and costs"
                 ),
             }
         )
     return parts
+
+
+def _answers_of(run: Run, rows: Sequence[Row]) -> dict[str, list[Run]]:
+    places = dict.fromkeys((row["condition"], row.get("seed", "")) for row in rows)
+    return {
+        name: [Run(run.folder / "answers" / f"{name} {seed}".strip()) for _, seed in own]
+        for name, own in grouped(places, lambda place: place[0]).items()
+    }
 
 
 # -- 3. faster? -----------------------------------------------------------------------------

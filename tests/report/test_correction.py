@@ -7,9 +7,18 @@ import pytest
 from scipy import stats
 
 from persona_lora.core.chat import Condition
-from persona_lora.report.correction import corrected_change, corrected_mean, errors_by_kind, kind_of
+from persona_lora.core.runs import Run
+from persona_lora.report.correction import (
+    changes_from,
+    corrected_change,
+    corrected_finetunes,
+    corrected_mean,
+    errors_by_kind,
+    kind_of,
+)
 from persona_lora.report.rated import kind_of_row
 from persona_lora.report.resampling import Interval, bootstrap_mean
+from persona_lora.report.two_way import crossed_mean
 
 
 def answers(generator, questions, each, level):
@@ -149,3 +158,99 @@ def test_errors_that_cancel_move_nothing_and_still_widen_and_unrated_kinds_are_n
     assert corrected_change(change, few, {"lora +": 1.0}) is None
     alone = Interval(10.0, None, None, 1, 1, 1.0, "one question")
     assert corrected_change(alone, errors, {"lora +": 1.0}) is None
+
+
+# -- finetunes ---------------------------------------------------------------------------------
+
+# What the judge adds to an answer. Finetunes are scored 20 too low, so that of a trait which truly
+# rises by 30 it shows 10, and of one that rises by 10 it says that it falls.
+KIND = {"unsteered": 0.0, "finetuned": -20.0, "lora -": 5.0}
+TRUTH = {"base": 30.0, "plain": 60.0, "prevented": 40.0, "corrected": 35.0}
+QUESTIONS = 12
+
+
+@pytest.fixture
+def finetunes(tmp_path):
+    """Return a function that writes the answers of each model, of some training seeds."""
+
+    def make(seeds=1, kinds=tuple(KIND), base="base"):
+        random = np.random.default_rng(0)
+        compared = [
+            {"model": model, "condition": kind, "question": f"q{at}", "rating": 50.0,
+             "score": 50.0 + KIND[kind] * (1 if model == "small" else 3) + random.normal()}
+            for model in ("small", "large")
+            for kind in kinds
+            for at in range(10)
+        ]  # fmt: skip
+        validation = [{"criterion": "evil", "judge": "j", "own": {"compared": compared}}]
+        runs = {}
+        for name, truth in TRUTH.items():
+            kind = {"base": "unsteered", "corrected": "lora -"}.get(name, "finetuned")
+            method, value = ("lora", -1.0) if name == "corrected" else ("none", None)
+            for seed in range(1 if name == "base" else seeds):
+                at = tmp_path / f"{seeds}{len(kinds)}" / f"{name}{seed}"
+                run = Run.open(at, command="evaluate", config={"model": "hub/small"}, seed=0)
+                asked = {"method": method, "coefficient": value}
+                run.write(
+                    "answers",
+                    [{"row": row, "question_id": row, **asked} for row in range(QUESTIONS)],
+                )
+                run.write(
+                    "verdicts",
+                    [
+                        {"row": row, "criterion": "evil", "judge": "j",
+                         "score": truth + KIND[kind] + random.normal()}
+                        for row in range(QUESTIONS)
+                    ],
+                )  # fmt: skip
+                run.write("validation", validation)
+                runs.setdefault(base if name == "base" else name, []).append(run)
+        return runs
+
+    return make
+
+
+def said(table):
+    """Return the raw and the corrected mean of every effect."""
+    rows = {
+        row[0]: [cell.split(" ")[0].replace("−", "-") for cell in row[1:]] for row in table.rows
+    }
+    return {name: [int(cell) for cell in cells] for name, cells in rows.items()}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_finetune_s_change_is_put_right_by_errors_on_finetunes_of_the_run_s_model(
+    finetunes, seeds
+):
+    (table,) = corrected_finetunes("evil", finetunes(seeds), "base")
+    near = {
+        "plain − base": [pytest.approx(10, abs=1), pytest.approx(30, abs=1)],
+        "prevented − base": [pytest.approx(-10, abs=1), pytest.approx(10, abs=1)],
+    }
+    assert said(table) == near  # a finetune that is steered on top is of no rated kind
+    assert "(small)" in table.note
+    assert "answers of other finetunes" in table.note
+    assert table.columns == ("Effect", "Raw", "Corrected")
+
+
+def test_finetunes_are_not_corrected_where_none_was_rated_or_there_is_no_base(finetunes):
+    assert corrected_finetunes("evil", finetunes(kinds=("unsteered", "lora -")), "base") == ()
+    runs = finetunes()
+    assert corrected_finetunes("evil", runs, "other") == ()
+    runs["base"][0].write("validation", [])
+    assert corrected_finetunes("evil", runs, "base") == ()
+
+
+def test_changes_are_tested_over_questions_and_over_the_seeds_where_there_are_several(finetunes):
+    runs = finetunes(3)
+    found = changes_from("evil", runs, "base")
+    assert list(found) == ["plain", "prevented", "corrected"]
+    means = {
+        name: [{row["row"]: row["score"] for row in run.read("verdicts")} for run in own]
+        for name, own in runs.items()
+    }
+    for name, (change, p) in found.items():
+        gaps = np.array(
+            [[each[at] - means["base"][0][at] for at in range(QUESTIONS)] for each in means[name]]
+        )
+        assert (change, p) == crossed_mean(gaps)

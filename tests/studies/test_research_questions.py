@@ -9,7 +9,7 @@ import pytest
 
 from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
-from persona_lora.studies.read_seeds import SEED
+from persona_lora.studies.read_seeds import SEED, effects_over
 from persona_lora.studies.research_questions import write_research_questions
 
 PLAIN = 50.0
@@ -150,6 +150,29 @@ def test_an_effect_of_nothing_is_no_yes(write, tmp_path):
     assert "**Not in every case.**" in page
 
 
+@pytest.mark.parametrize(("seeds", "slight"), [((None,), 1.0), ((0, 1, 2), 0.8)])
+def test_whether_a_trait_was_moved_is_decided_by_the_test_corrected_over_all_comparisons(
+    write, tmp_path, seeds, slight
+):
+    # Each interval of the vector's effects excludes 0, and each p alone is under 0.05. Holm's
+    # correction over both traits takes the smaller of the two, which are equal, times two.
+    for trait in ("evil", "kind"):
+        for seed in seeds:
+            planted = {"lora": 30, "activation": slight, "random_lora": 0, "random": 0}
+            behaviour(write, trait, planted, seed)
+    runs = [Run(each.parent) for each in (tmp_path / "results/compare/evil").rglob("splits.jsonl")]
+    effect = effects_over(sorted(runs, key=lambda run: run.folder))["eval", "activation"]
+    assert effect.effect.low > 0
+    assert 0.025 < effect.effect_p < 0.05
+    _, page = answer(tmp_path)
+    text = " ".join(page.split())
+    assert "**Not in every case.**" in text
+    assert "in 2 of 2 comparisons (a trait, a set of questions) with weights, and in 0 with" in text
+    assert "Holm over these 4 tests" in text
+    rows = [line.split(" | ") for line in page.split("\n") if "| held-out questions |" in line]
+    assert {row[3].rpartition(" ")[2] for row in rows[:2]} == {f"{2 * effect.effect_p:.3f}"}
+
+
 @pytest.mark.parametrize(("noise", "said"), [(0.01, "**Yes.**"), (100.0, "**Not shown here.**")])
 def test_prediction_is_judged_by_its_interval(write, tmp_path, noise, said):
     rng = np.random.default_rng(1)
@@ -209,6 +232,33 @@ def test_prevention_names_what_is_clearly_lower(write, tmp_path):
     assert "**Prevented?** (Evil) Exploratory" in page
     assert "| choice: acc_norm | ablated | " in page
     assert "| trait | weights1 | 20 [" in page
+    assert "corrected for the judge" not in page  # nothing was rated
+    # The judge gives finetunes 10 too little, so that prevention left 10 more than it seems.
+    for model, score in (("base", 20.0), ("plain", 80.0), ("weights1", 20.0)):
+        rated = [
+            {"model": "m", "condition": kind, "question": f"q{at}", "rating": 50.0,
+             "score": 50.0 - error + at % 2}
+            for kind, error in (("unsteered", 0), ("finetuned", 10))
+            for at in range(6)
+        ]  # fmt: skip
+        answers = [
+            {"row": at, "method": "none", "coefficient": None, "question_id": at}
+            for at in range(14)
+        ]
+        verdicts = [
+            {"row": at, "criterion": "evil", "score": score + rng.normal(), "judge": "j"}
+            for at in range(14)
+        ]
+        write(
+            f"prevention/evil/answers/{model}", {"model": "m"}, answers=answers, verdicts=verdicts,
+            validation=[{"criterion": "evil", "judge": "j", "own": {"compared": rated}}],
+        )  # fmt: skip
+    rows.extend({**row, "condition": "base", "score": 20.0} for row in rows[:14])
+    write("prevention/evil", {"trait": "evil"}, measures=rows)
+    _, page = answer(tmp_path)
+    assert re.search(r"\| plain − base \| \+60 \[.*\] \| \+70 \[", page)
+    assert re.search(r"\| weights1 − base \| 0 \[.*\] \| \+10 \[", page)
+    assert "weights1 − plain" not in page  # the same error on both sides
 
 
 @pytest.mark.parametrize(

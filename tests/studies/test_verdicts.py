@@ -177,17 +177,24 @@ def test_a_gain_is_called_clear_by_its_corrected_test(gain, p, clear):
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "said"),
+    ("gap", "p", "said"),
     [
-        ((10, 5, 15), (40, 35, 45), "Evil goes from 10 [5, 15] at step 0 to 40 [35, 45] at step 9"),
-        ((40, 35, 45), (10, 5, 15), "Evil goes from 40 [35, 45] at step 0 to 10 [5, 15] at step 9"),
-        ((10, 5, 15), (14, 9, 19), "Evil does not clearly change"),
-        ((10, None, None), (40, 35, 45), "Evil could not be scored at both ends"),
+        # The intervals of both ends overlap: the paired test knows what they do not.
+        ((4, 3, 5), 0.01, "goes from 10 [5, 15] at step 0 to 14 [9, 19] at step 9 (+4 [3, 5]"),
+        ((4, 1, 9), 0.2, "does not clearly change (undecided): from 10 [5, 15] at step 0 to 14"),
+        ((4, 3, 5), 0.2, "does not clearly change (equal within 5 points): from 10 [5, 15] at"),
+        ((4, 3, 5), None, "does not clearly change"),
     ],
 )
-def test_a_finetune_changes_a_trait_only_where_intervals_are_apart(first, last, said):
-    points = tuple(Point(step, *each) for step, each in ((0, first), (9, last)))
-    assert _finding(Curve("evil", "trait", None, None, points)).startswith(said)
+def test_a_finetune_changes_a_trait_by_its_paired_and_corrected_test(gap, p, said):
+    points = tuple(Point(step, *each) for step, each in ((0, (10, 5, 15)), (9, (14, 9, 19))))
+    change = PairedDifference(interval(*gap, n=20), p and 0.001, p)
+    curve = Curve("evil", "trait", None, None, points)
+    found = _finding(curve, change)
+    assert found.startswith(f"Evil {said}")
+    assert found.endswith(f"paired, p {wording.p_value(p)}).")
+    unscored = Curve("evil", "trait", None, None, (Point(0, 10, None, None), points[1]))
+    assert _finding(unscored, change) == "Evil could not be scored at both ends."
 
 
 @pytest.mark.parametrize(
@@ -215,6 +222,7 @@ def test_merged_is_called_as_fast_only_where_its_whole_interval_is(low, high, sa
     ("r", "low", "p", "said"),
     [
         (0.9, 0.75, 0.01, "Yes."),
+        (0.9, 0.75, 0.2, "Not shown here."),
         (0.8, 0.2, 0.01, "Yes; how closely is less certain."),
         (0.5, 0.2, 0.01, "In part."),
         (0.5, 0.2, 0.2, "Not shown here."),
@@ -248,13 +256,13 @@ def test_a_fit_stands_under_its_headings():
 def test_the_effects_of_a_comparison_stand_in_their_order():
     methods = ("lora", "activation", "random_lora", "random")
     own = {
-        ("eval", name): MethodEffect(shown(10 * at), shown(50 + at), at / 100, most)
+        ("eval", name): MethodEffect(shown(10 * at), shown(50 + at), at / 100, most, at / 10)
         for at, (name, most) in enumerate(
             zip(methods, (None, None, 61.0, 62.0), strict=True), start=1
         )
     }
     assert tuple(research_questions._effects("eval", own)) == (
-        *("10 [9, 12]", "20 [19, 22]", "30 [29, 32] (61)", "40 [39, 42] (62)"),
+        *("10 [9, 12], p 0.100", "20 [19, 22], p 0.200", "30 [29, 32] (61)", "40 [39, 42] (62)"),
         *("52 [51, 54], p 0.020", "53 [52, 55], p 0.030"),
     )
 

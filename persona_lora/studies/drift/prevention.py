@@ -31,6 +31,7 @@ from persona_lora.judges.verdicts import Judges, lazily
 from persona_lora.models.likelihood import answer_logprobs, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, write_found
+from persona_lora.report.correction import corrected_finetunes
 from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table
 from persona_lora.report.trust import fitness_tables
@@ -306,12 +307,23 @@ def compare_prevention(
     return scores
 
 
-def judged_lead(folder: Path, models: Sequence[Finetuned], trait: str) -> str:
-    """Return how the judges of a comparison agree."""
-    own = {
+def answers_of(folder: Path, models: Sequence[Finetuned]) -> dict[str, list[Run]]:
+    """Return the runs that hold the models' answers, one for each training seed, by name."""
+    return {
         name: [Run(folder / "answers" / each.label) for each in seeds]
         for name, seeds in grouped(models, lambda each: each.name).items()
     }
+
+
+def corrected_models(folder: Path, models: Sequence[Finetuned], trait: str) -> tuple[Table, ...]:
+    """Return what finetunes change, corrected for the judge's error; nothing without a base."""
+    bare = [each.name for each in models if each.adapter is None and each.correction is None]
+    return corrected_finetunes(trait, answers_of(folder, models), next(iter(bare), ""))
+
+
+def judged_lead(folder: Path, models: Sequence[Finetuned], trait: str) -> str:
+    """Return how the judges of a comparison agree."""
+    own = answers_of(folder, models)
     both = across_runs(trait, own, models[0].name)
     return lead_of("", both, {name: runs[0] for name, runs in own.items()}, trait)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 from persona_lora.core.errors import few_names
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.correction import changes_from, corrected_finetunes
+from persona_lora.report.curve import PairedDifference, corrected
 from persona_lora.report.sections import Block, Content, Image, Note, Table
 from persona_lora.report.trust import judge_blocks
 from persona_lora.report.two_judges import across_runs, judges_table, lead_of
+from persona_lora.report.two_way import mean_gap
 from persona_lora.studies.drift.figure import render_checkpoints, render_diagnosis
 from persona_lora.studies.drift.read import Agreement, Curve, agreements, answers_of, curves
 from persona_lora.studies.drift.read_diagnosis import (
@@ -36,13 +40,18 @@ def checkpoints_content(run: Run) -> Content:
     steps = sorted({point.step for curve in every for point in curve.points})
     tuned = run.record["config"].get("finetuned_on")
     title = f"A finetune{f' on {tuned}' if tuned else ''}, checkpoint by checkpoint"
-    found = {each.trait: _finding(each) for each in every if each.statistic == "trait"}
-    asked = {trait: answers_of(run, trait) for trait in found}
+    scores = {each.trait: each for each in every if each.statistic == "trait"}
+    asked = {trait: answers_of(run, trait) for trait in scores}
+    changes = corrected([_change(run, curve, asked[trait]) for trait, curve in scores.items()])
+    found = {
+        each.trait: _finding(each, by) for each, by in zip(scores.values(), changes, strict=True)
+    }
     both = {trait: across_runs(trait, asked[trait], BASE) for trait in found}
     lead = " ".join(lead_of(found[each], both[each], asked[each], each) for each in found)
     blocks: list[Block] = [
         Image.of(render_checkpoints(run), f"{title}. {lead}"),
         *(table for each in both.values() for table in judges_table(each)),
+        *(table for each in asked for table in _corrected(each, asked[each])),
         Table.of(
             " | ".join(("Asked on", "Statistic", "Vector", "Layer", *map(str, steps))),
             (_row(curve, steps) for curve in every),
@@ -66,15 +75,33 @@ def checkpoints_content(run: Run) -> Content:
     return Content(title, lead, tuple(blocks))
 
 
-def _finding(curve: Curve) -> str:
+def _change(run: Run, curve: Curve, asked: Mapping[str, Run]) -> PairedDifference:
+    """Return the last checkpoint minus the base on a trait; nothing where one was not asked."""
+    names = {row["step"]: row["checkpoint"] for row in run.read("checkpoints")}
+    last, runs = names[curve.points[-1].step], {name: [each] for name, each in asked.items()}
+    found = changes_from(curve.trait, runs, BASE) if BASE in runs else {}
+    return PairedDifference(*found.get(last, mean_gap([{}])))
+
+
+def _corrected(trait: str, asked: Mapping[str, Run]) -> tuple[Table, ...]:
+    runs = {name: [run] for name, run in asked.items()}
+    found = corrected_finetunes(trait, runs, BASE)
+    return tuple(replace(each, title=f"{each.title}: {trait}") for each in found)
+
+
+def _finding(curve: Curve, change: PairedDifference) -> str:
+    """Say whether the trait of the last checkpoint is another than the base's, by its test."""
     first, last = curve.points[0], curve.points[-1]
     name = wording.title_of(curve.trait)
     if None in (first.mean, last.mean, first.high, last.low, first.low, last.high):
         return f"{name} could not be scored at both ends."
-    apart = (last.low or 0.0) > (first.high or 0.0) or (last.high or 0.0) < (first.low or 0.0)
-    verb = "goes" if apart else "does not clearly change (the intervals overlap):"
+    unclear = wording.unclear_of(change)
+    verb = f"does not clearly change ({unclear}):" if unclear else "goes"
     before, after = (wording.between(each.mean, each.low, each.high) for each in (first, last))
-    return f"{name} {verb} from {before} at step {first.step} to {after} at step {last.step}."
+    test = f"{wording.change(change.interval)} paired, p {wording.p_value(change.p_holm)}"
+    return (
+        f"{name} {verb} from {before} at step {first.step} to {after} at step {last.step} ({test})."
+    )
 
 
 def _row(curve: Curve, steps: list[int]) -> tuple[str, ...]:

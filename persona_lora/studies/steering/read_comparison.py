@@ -25,6 +25,7 @@ from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, write_found
 from persona_lora.report.correction import (
     UNSTEERED,
     corrected_change,
+    effects_table,
     errors_by_kind,
     kind_of,
 )
@@ -104,13 +105,13 @@ class Point:
 class Overall:
     """A method's effect over all levels of a split, and what the diff has over it.
 
-    ``effect`` is the change from the unsteered model in the direction asked for, ``difference``
-    the diff's effect minus it, ``coherence`` the diff's coherence minus its: means over levels,
-    paired by question. ``p`` is a two-sided test (``two_way.mean_gap``), ``p_holm`` corrected over
-    methods and splits. Of several random controls, ``draws``, all are over controls and questions,
-    both drawn; ``least`` and ``most`` are the effects of the weakest and the strongest.
-    Of random vectors, ``vector_gap`` is the vector's effect minus theirs, ``vector_p`` its test,
-    corrected over splits.
+    ``effect`` is the change from the unsteered model in the direction asked for, ``effect_p`` its
+    test, ``difference`` the diff's effect minus it, ``coherence`` the diff's coherence minus its:
+    means over levels, paired by question. ``p`` is a two-sided test of the difference
+    (``two_way.mean_gap``), ``p_holm`` corrected over methods and splits. Of several random
+    controls, ``draws``, all are over controls and questions, both drawn; ``least`` and ``most``
+    are the effects of the weakest and the strongest. Of random vectors, ``vector_gap`` is the
+    vector's effect minus theirs, ``vector_p`` its test, corrected over splits.
     """
 
     split: str
@@ -125,6 +126,7 @@ class Overall:
     most: float | None = None
     vector_gap: Interval | None = None
     vector_p: float | None = None
+    effect_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class MethodEffect:
     """A method's effect over all levels, of one training seed or of several; as ``Overall``.
 
     ``most`` is the effect of the strongest of all random controls, ``judge`` who judged the trait.
+    ``effect_p`` is corrected over whichever effects are read together, where it decides on one.
     """
 
     effect: Interval
@@ -139,6 +142,7 @@ class MethodEffect:
     p_holm: float | None
     most: float | None = None
     judge: str = ""
+    effect_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -299,11 +303,11 @@ def _overall(split: _Split) -> list[Overall]:
             lost, _ = over_draws([minus(coherence[LORA], coherence[name]) for name in names])
         if method == RANDOM:
             vector_gap, vector_p = over_draws([minus(effects[ACTIVATION], each) for each in own])
-        effect = mean_gap(own).interval
+        effect, effect_p = mean_gap(own)
         each = sorted(float(np.mean(list(one.values()))) for one in own if one)
         least, most = (each[0], each[-1]) if len(each) > 1 else (None, None)
         tests = (gap, lost, p, None, len(own), least, most, vector_gap, vector_p)
-        found.append(Overall(split.name, method, effect, *tests))
+        found.append(Overall(split.name, method, effect, *tests, effect_p))
     return found
 
 
@@ -368,18 +372,7 @@ def corrected_effects(
             right = None if change is None else corrected_change(change, errors, parts)
             if right is not None:
                 rows.append((split, name, wording.change(change), wording.change(right)))
-    if not rows:
-        return ()
-    note = (
-        "Put right by how far the judge misses the ratings of answers of the same kinds of "
-        f"condition ({', '.join(models)}); intervals carry both uncertainties. It is assumed that "
-        "the answers at hand are misjudged by as many points as those that were rated: too many "
-        "where their effects are smaller."
-    )
-    title = "Effects corrected for the judge’s error"
-    return (
-        Table(("Questions", "Effect", "Raw", "Corrected"), tuple(rows), title, note, narrow=True),
-    )
+    return (effects_table(rows, models),) if rows else ()
 
 
 def _kinds(levels: Sequence[Row], method: str) -> dict[str, float]:

@@ -27,6 +27,7 @@ from persona_lora.studies.drift.prevention import (
     Finetuned,
     Measured,
     compare_prevention,
+    corrected_models,
     planned_prevention,
 )
 from persona_lora.training.finetune import read_conversations
@@ -105,6 +106,32 @@ def test_models_measured_already_are_kept(base, models, trait, rows, judge, tmp_
     assert len(judge.asked) == asked
     more = go(base, models, trait, rows, judge, tmp_path / "out")
     assert {each.condition for each in more} == {model.name for model in models}
+
+
+def test_what_finetunes_change_is_put_right_by_errors_on_finetunes(
+    base, models, trait, rows, judge, tmp_path
+):
+    out = tmp_path / "out"
+    go(base, models, trait, rows, judge, out)
+    assert corrected_models(out, models, trait.name) == ()  # no answer was rated
+    for at, model in enumerate(models):
+        scores = [10.0 * at + question * (at + 1) for question in range(3)]
+        rows_of = [{"criterion": trait.name, "row": q, "score": s} for q, s in enumerate(scores)]
+        Run(out / "answers" / model.label).write("verdicts", rows_of)
+    compared = [
+        {"model": "m", "condition": kind, "question": f"q{at}", "score": 50.0 - error + at % 2,
+         "rating": 50.0}
+        for kind, error in (("unsteered", 0.0), ("finetuned", 40.0))
+        for at in range(8)
+    ]  # fmt: skip
+    validation = [{"criterion": trait.name, "judge": "j", "own": {"compared": compared}}]
+    Run(out / "answers" / "base").write("validation", validation)
+    (table,) = corrected_models(out, models, trait.name)
+    # Of what is steered on top, "undone", no answers of its kind were rated.
+    assert [row[0] for row in table.rows] == ["plain − base", "added − base"]
+    assert [row[1].split()[0] for row in table.rows] == ["−22", "−11"]
+    assert [row[2].split()[0] for row in table.rows] == ["+18", "+29"]
+    assert corrected_models(out, models[:2], trait.name) == ()
 
 
 def test_what_cannot_be_compared_is_named(base, models, trait, rows, judge, tmp_path):
