@@ -236,17 +236,20 @@ def test_a_run_is_of_its_second_judge_unless_there_is_none():
 
 def test_coherence_is_scaled_by_answers_of_every_trait(chat_model, tmp_path, monkeypatch):
     asked = []
+    traits = [load_trait(name) for name in list_traits()]
+    held = [each for each in traits if (each.folder / "train.jsonl").is_file()]
+    written = {
+        one.answer for each in held for sign in exchanges_of(load_pairs(each)) for one in sign
+    }
 
     def sentences_are_likelier(model, exchanges):
         asked.append(exchanges)
-        whole = [each.answer.strip()[-1] in '.!?"”' for each in exchanges]
+        whole = [each.answer in written or each.answer.endswith(".") for each in exchanges]
         return [-1.0 - at / 1000 if each else -3.0 for at, each in enumerate(whole)]
 
     monkeypatch.setattr(choice, "mean_logprobs", sentences_are_likelier)
     scorer = choice.coherence_scorer(chat_model)
     answers = {each.answer for each in asked[0]}
-    traits = [load_trait(name) for name in list_traits()]
-    held = [each for each in traits if (each.folder / "train.jsonl").is_file()]
     assert len(held) > 5
     for each in held:
         signs = exchanges_of(load_pairs(each))
