@@ -44,6 +44,9 @@ def print_cosines(title: str, changes: Folders, inputs: ModuleInputs) -> None:
         print(f"  {name}: {change.norm():.3f}, {weighed[name].norm():.3f}")
     print(f"{title}: cosine, plain and weighted; weighted over the modules that both change")
     for one, other in combinations(changes, 2):
+        if not changes[one].factors.keys() & changes[other].factors.keys():
+            print(f"  {one} and {other}: no module in common")
+            continue
         plain, weighted = (each[one].cosine(each[other]) for each in (changes, weighed))
         left, right = weighed[one], weighed[other]
         over = _only(left, right).cosine(_only(right, left))
