@@ -141,8 +141,8 @@ class MethodEffect:
     difference: Interval | None
     p_holm: float | None
     most: float | None = None
-    judge: str = ""
     effect_p: float | None = None
+    judge: str = ""
 
 
 @dataclass(frozen=True)
