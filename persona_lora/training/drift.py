@@ -61,7 +61,7 @@ class DriftMonitor(TrainerCallback):
     Refuses a model without a LoRA (its ΔW would need a copy of the base), and a LoRA whose factors
     are not its whole change (DoRA, PiSSA, biases); project their checkpoints with
     ``persona-lora project weights``. Refuses rows of the other geometry, or of inputs over other
-    prompts, in a run that goes on.
+    prompts, in a run that goes on; rows of before that say no prompts are taken up.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DriftMonitor(TrainerCallback):
         if self.inputs is None and self.geometry == WEIGHTED:
             self.inputs = inputs_before(kwargs["model"], kwargs["processing_class"])
             self._check_fits()
-        if any(row.get("prompts") != self._prompts() for row in self.rows):
+        if any(row.get("prompts", self._prompts()) != self._prompts() for row in self.rows):
             raise UserError(
                 f"{path} holds coordinates weighted on other prompts than this monitor's; go on "
                 "with the same inputs= (drift_prompts), or train into another folder"

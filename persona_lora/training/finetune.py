@@ -233,6 +233,8 @@ def _own(
     are known. Drift that only is watched decides nothing.
     """
     drift = {name: getattr(arguments, name) for name in ("drift_diffs", *WATCHING)}
+    if arguments.drift_prompts is None:  # runs of before have no such key
+        del drift["drift_prompts"]
     return {
         "train_file": arguments.train_file,
         "num_rows": len(conversations),
@@ -325,10 +327,10 @@ def _steered_by(arguments: FinetuneArguments) -> dict[str, str]:
     stops = arguments.stop_above is not None
     stopping = (arguments.drift_diffs or ()) if stops else ()
     paths = [each for each in (*steering, *stopping) if each is not None]
-    weighing = {"the ordinary prompts": digest_of(_asked(arguments))}
+    weighed = stops and arguments.drift_prompts is not None
     return {
         **{path: path_digest(Path(path)) for path in paths},
-        **(weighing if stops and not arguments.drift_plain else {}),
+        **({"the ordinary prompts": digest_of(_asked(arguments))} if weighed else {}),
     }
 
 

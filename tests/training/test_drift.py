@@ -165,6 +165,10 @@ def test_rows_of_inputs_over_other_prompts_are_not_gone_on_with(
     monitor = DriftMonitor([diff], inputs=inputs)
     trainer_of(wrapped, rows, tmp_path, monitor).train()
     assert {row["prompts"] for row in monitor.rows} == {inputs.prompts}
+    write_jsonl(tmp_path / "drift.jsonl", [place])  # as rows were before they said their prompts
+    monitor = DriftMonitor([diff], inputs=inputs)
+    trainer_of(wrapped, rows, tmp_path, monitor).train()
+    assert [row.get("prompts") for row in monitor.rows] == [None, inputs.prompts]
 
 
 def test_the_change_of_a_lora_is_that_of_its_file(model, tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from persona_lora.core.content import digest_of
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl, write_jsonl
 from persona_lora.core.lora_diff import BaseModel, LoRADiff, random_diff_like
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
@@ -22,6 +23,7 @@ from persona_lora.models.loading import load_chat_model
 from persona_lora.models.structure import weight_fingerprint
 from persona_lora.projections.inputs import kept_inputs, load_ordinary_prompts, read_prompts
 from persona_lora.steering.weights import LoRASteerer
+from persona_lora.training import finetune as module
 from persona_lora.training.finetune import (
     FinetuneArguments,
     FinetuneConfig,
@@ -292,12 +294,38 @@ def test_drift_is_weighted_on_the_prompts_that_are_named(train, places, model_fo
     texts = {"named": read_prompts(own), "ordinary": load_ordinary_prompts()}
     for name, prompts in texts.items():
         assert rows[name]["prompts"] == kept_inputs(chat_model, prompts).prompts
-        assert records[name]["inputs"]["the ordinary prompts"] == digest_of(prompts)
+    assert records["named"]["inputs"]["the ordinary prompts"] == digest_of(texts["named"])
     assert records["named"]["config"]["drift"]["drift_prompts"] == str(own)
     assert "prompts" not in rows["plain"]
-    assert "the ordinary prompts" not in records["plain"]["inputs"]
+    for name in ("ordinary", "plain"):  # as records were before prompts could be named
+        assert "the ordinary prompts" not in records[name]["inputs"]
+        assert set(records[name]["config"]["drift"]) == {
+            *("drift_diffs", "drift_plain", "drift_every", "stop_above")
+        }
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         train("none", **watched, drift_prompts="nowhere.jsonl")
+
+
+def test_a_weighted_finetune_of_before_prompts_could_be_named_goes_on(train, places, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    watched = {"drift_diffs": [places["diff"]], "drift_every": 2, "stop_above": 1e9}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train("run", **watched)
+    folder = train.folder / "run"
+    rows = read_jsonl(folder / "drift.jsonl")
+    write_jsonl(
+        folder / "drift.jsonl", [{k: v for k, v in row.items() if k != "prompts"} for row in rows]
+    )
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["drift"].pop("drift_prompts", None)
+    record["inputs"].pop("the ordinary prompts", None)
+    (folder / "run.json").write_text(json.dumps(record))
+    assert close(train("run", **watched), train("whole", **watched))
+    assert [row["step"] for row in read_jsonl(folder / "drift.jsonl")] == [2, 4]
 
 
 def test_the_command_draws_the_drift_that_it_watched(run, train, places, model_folder):
