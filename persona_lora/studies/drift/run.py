@@ -55,9 +55,10 @@ from persona_lora.studies.asking.run import (
 from persona_lora.studies.drift.figure import render_checkpoints, render_weight_projection
 
 BASE = "base"
+TRAIT_SECOND = f"trait{SECOND_SUFFIX}"
 COLUMNS = (
     *("checkpoint", "step", "trait", "statistic", "vector", "layer", "type"),
-    *("value", "low", "high", "n", "n_questions", "coverage", JUDGE),
+    *("value", "low", "high", "n", "n_questions", "coverage"),
 )
 
 
@@ -164,7 +165,8 @@ def evaluate_checkpoints(
         here = {checkpoint.name for checkpoint in checkpoints}
         rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
         run.write("checkpoints", rows)
-        write_csv(run.folder / "checkpoints.csv", COLUMNS, rows)
+        judged = [{**row, JUDGE: _judge_of(run, row)} for row in rows]
+        write_csv(run.folder / "checkpoints.csv", (*COLUMNS, JUDGE), judged)
         render_checkpoints(run).save(run.folder / "checkpoints.png")
     return run
 
@@ -194,15 +196,9 @@ def _measure(
         found = {**where, **place, "statistic": statistic, **interval_cells(interval)}
         return {name: found.get(name) for name in COLUMNS}
 
-    def judge_on(criterion: str, file: str = "verdicts") -> dict[str, str]:
-        return {JUDGE: judges_of(Run(result.run).read(file), criterion)}
-
-    trait = place["trait"]
-    rows = [row("trait", result.trait, judge_on(trait))]
-    rows.append(row("coherence", result.coherence, judge_on(COHERENCE)))
+    rows = [row("trait", result.trait), row(COHERENCE, result.coherence)]
     if result.judges is not None:
-        second = result.judges.means[0].second
-        rows.append(row(f"trait{SECOND_SUFFIX}", second, judge_on(trait, SECOND)))
+        rows.append(row(TRAIT_SECOND, result.judges.means[0].second))
     answers = [each for each in Run(result.run).read("answers") if each["answer"].strip()]
     if not answers or not measures.along.vectors:
         return rows
@@ -216,6 +212,19 @@ def _measure(
             cluster = {question: [value for _, value in own] for question, own in by.items()}
             rows.append(row(statistic, bootstrap_mean(cluster), where))
     return rows
+
+
+def _judge_of(run: Run, row: Mapping[str, Any]) -> str:
+    """Return who gave the score that a row says; "" for projections.
+
+    Read from the verdicts, which say it whenever the row was measured.
+    """
+    trait, statistic = row["trait"], row["statistic"]
+    if statistic not in ("trait", COHERENCE, TRAIT_SECOND):
+        return ""
+    answers = Run(run.folder / "answers" / f"{row['checkpoint']}_{trait}")
+    verdicts = answers.read(SECOND if statistic == TRAIT_SECOND else "verdicts")
+    return judges_of(verdicts, COHERENCE if statistic == COHERENCE else trait)
 
 
 def _cosines(along: Along) -> list[dict[str, Any]]:

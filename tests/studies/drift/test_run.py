@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import BaseModel
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.judges.verdicts import Judges
 from persona_lora.models.loading import load_chat_model
 from persona_lora.projections.activation_space import Along
 from persona_lora.studies.asking.run import GenerationOptions
@@ -146,6 +149,26 @@ def test_a_killed_evaluation_does_only_what_is_missing(run_all, monkeypatch):
     assert [row["step"] for row in pick(run, statistic="trait")] == [0, 2, 10]
     run_all()
     assert len(loaded) == 4  # nothing is missing any more
+
+
+def test_the_table_names_who_judged_what_was_measured_before_rows_said_it(run_all, judge):
+    other = copy.copy(judge)
+    other.name = "another"
+    both = Judges(lambda: judge, lambda: other)
+    run = run_all(judge_of=lambda trait, model: both)
+    rows = [{k: v for k, v in row.items() if k != "judge"} for row in run.read("checkpoints")]
+    write_jsonl(run.folder / "checkpoints.jsonl", rows)
+    run_all(judge_of=lambda trait, model: both)
+    with (run.folder / "checkpoints.csv").open(newline="") as stream:
+        told = [
+            (row["checkpoint"], row["statistic"], row["judge"]) for row in csv.DictReader(stream)
+        ]
+    own = {"trait": judge.name, "coherence": judge.name, "trait_second": "another"}
+    assert set(told) == {
+        (checkpoint, statistic, own.get(statistic, ""))
+        for checkpoint in ("base", "checkpoint-2", "checkpoint-10")
+        for statistic in (*own, "projection", "shift")
+    }
 
 
 def test_a_judge_is_built_once_a_trait_and_without_vectors_nothing_is_projected(
