@@ -163,6 +163,7 @@ def _behaviour(folder: Path, page: Path) -> Part | None:
     return {
         "answer": "Yes." if moved[LORA] == moved[ACTIVATION] == n else "Not in every case.",
         "n": n,
+        "untested": _untested(effects),
         "by_weights": moved[LORA],
         "by_activations": moved[ACTIVATION],
         "weights_further": winners.count(1),
@@ -205,6 +206,12 @@ def _tested(
     for (trait, at), p in zip(tested, adjusted, strict=True):
         found[trait][at] = replace(found[trait][at], effect_p=p)
     return found
+
+
+def _untested(effects: Mapping[str, Mapping[Place, MethodEffect]]) -> int:
+    """Return how many effects of weights and of vectors have no test, as over two seeds."""
+    steered = [e for own in effects.values() for at, e in own.items() if at[1] in STEERED]
+    return sum(each.effect_p is None for each in steered)
 
 
 def _runs_in(folder: Path) -> list[Run]:

@@ -173,6 +173,18 @@ def test_whether_a_trait_was_moved_is_decided_by_the_test_corrected_over_all_com
     assert {row[3].rpartition(" ")[2] for row in rows[:2]} == {f"{2 * effect.effect_p:.3f}"}
 
 
+def test_effects_without_a_test_are_not_counted_as_tests(write, tmp_path):
+    # Two seeds of evil are too few for a test over both; kind has one.
+    planted = {"lora": 30, "activation": 20, "random_lora": 0, "random": 0}
+    for seed in (0, 1):
+        behaviour(write, "evil", planted, seed)
+    behaviour(write, "kind", planted)
+    _, page = answer(tmp_path)
+    text = " ".join(page.split())
+    assert "in 1 of 2 comparisons" in text
+    assert "Holm over these 2 tests; 2 effects have no test, and count as not above 0" in text
+
+
 @pytest.mark.parametrize(("noise", "said"), [(0.01, "**Yes.**"), (100.0, "**Not shown here.**")])
 def test_prediction_is_judged_by_its_interval(write, tmp_path, noise, said):
     rng = np.random.default_rng(1)
