@@ -6,6 +6,7 @@ Knows the rows of ``answers.jsonl`` and ``verdicts.jsonl``; refuses to know how 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -142,6 +143,7 @@ def question_means(cluster: Cluster) -> dict[int, float]:
     return {question: sum(values) / len(values) for question, values in scored.items() if values}
 
 
+_BETWEEN_JUDGES = re.compile(r", (?![^(]*\))")  # the commas outside parentheses
 UNFIT = "unfit for"  # behind a judge's name, before that of a criterion
 JUDGE = "judge"  # the column that says who judged, the last one of a table
 JUDGE_UNFIT = " (judge unfit)"  # behind a trait's name, where no judge is named
@@ -164,16 +166,31 @@ def judges_of(verdicts: Iterable[Row], *criteria: str, bare: bool = False) -> st
     ``bare`` leaves out what a run says of their fitness on its own model.
     """
     said = {str(v.get(JUDGE, "")) for v in verdicts if v["criterion"] in criteria}
-    names = {each.partition(f" ({UNFIT}")[0] for each in said} if bare else said
-    return marked(*sorted(names))
+    names = _unfit_by_name(*sorted(said))
+    return ", ".join(names) if bare else marked(*sorted(said))
 
 
 def marked(*judges: str) -> str:
-    """Return the names of judges, each once: "reader (unfit for evil)" stands for "reader", too."""
-    said = dict.fromkeys(filter(None, judges))
-    return ", ".join(
-        each for each in said if not any(other.startswith(f"{each} ({UNFIT}") for other in said)
-    )
+    """Return the names of judges, each once, with all that one of them is unfit for.
+
+    "reader (unfit for evil)", "reader, words" and "reader (unfit for coherence)" are together
+    "reader (unfit for evil, coherence), words".
+    """
+    return ", ".join(with_mark(name, own, own) for name, own in _unfit_by_name(*judges).items())
+
+
+def _unfit_by_name(*judges: str) -> dict[str, list[str]]:
+    """Return what each judge is unfit for, coherence last; ``judges`` are as ``marked`` has them.
+
+    A string may name several judges.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for said in judges:
+        for each in filter(None, _BETWEEN_JUDGES.split(said)):
+            name, _, criteria = each.partition(f" ({UNFIT} ")
+            own = filter(None, criteria.removesuffix(")").split(", "))
+            found.setdefault(name, {}).update(dict.fromkeys(own))
+    return {name: sorted(own, key=COHERENCE.__eq__) for name, own in found.items()}
 
 
 def unfit_mark(judge: str) -> str:

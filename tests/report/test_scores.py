@@ -17,9 +17,12 @@ from persona_lora.report.scores import (
     Condition,
     answers_columns,
     answers_table,
+    judges_of,
+    marked,
     rows_of_series,
     score_answers,
     steered_series,
+    with_mark,
 )
 
 
@@ -116,6 +119,39 @@ def test_answers_table_writes_the_evaluation_columns(sweep_rows, tmp_path):
     assert answers_columns("evil", sweep=False) == [
         *("question", "prompt", "answer", "evil", "coherence", "judge"),
     ]
+
+
+BOTH = with_mark("reader", ("evil", "coherence"), {"evil", "coherence"})
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (("reader (unfit for coherence)", "reader (unfit for evil)"), BOTH),
+        ((BOTH, "reader (unfit for evil)", "reader"), BOTH),
+        (("embedding, reader", "reader", "", "embedding"), "embedding, reader"),
+        (("embedding, reader", f"{BOTH}, local:a/b"), f"embedding, {BOTH}, local:a/b"),
+        (
+            ("reader (unfit for evil)", BOTH, "reader (unfit for calm), words (unfit for calm)"),
+            "reader (unfit for evil, calm, coherence), words (unfit for calm)",
+        ),
+        (("local (8b), reader", "reader (unfit for evil)"), "local (8b), reader (unfit for evil)"),
+        ((), ""),
+    ],
+)
+def test_a_judge_is_named_once_with_all_that_it_is_unfit_for(said, wanted):
+    assert marked(*said) == wanted
+    assert marked(marked(*said)) == wanted
+
+
+def test_the_judges_of_verdicts_are_marked_as_one_judge_of_a_file_is():
+    verdicts = [
+        {"criterion": each, "judge": with_mark("reader", [each], {"evil", "coherence"})}
+        for each in ("evil", "coherence")
+    ]
+    assert judges_of(verdicts, "evil", "coherence") == BOTH
+    assert judges_of(verdicts, "evil") == "reader (unfit for evil)"
+    assert judges_of(verdicts, "evil", "coherence", bare=True) == "reader"
 
 
 STANDING = [each for each in answers_columns("calm", [{"layer": 3}]) if each != "calm"]
