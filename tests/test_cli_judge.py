@@ -14,6 +14,7 @@ from persona_lora.core.files import read_csv, read_jsonl, write_csv, write_jsonl
 from persona_lora.core.traits import load_trait
 from persona_lora.judges import choice
 from persona_lora.judges.labels import AnswerFile
+from persona_lora.report.scores import with_mark
 from persona_lora.studies.drift import prediction
 from tests.judges.rated import rated_rows, write_ratings
 from tests.scenes import LetterJudge
@@ -151,6 +152,9 @@ def test_a_judge_is_fitted_to_two_raters_sheets(run, model_folder, trait, monkey
     status, out, error = run(*scoring, *reader, "--output", "b.csv")
     assert status == 0, error
     told = [line for line in out.splitlines() if "models’ own" in line]
+    unfit = [line.split()[0] for line in told if line.split()[-1] == "unfit"]
+    name = with_mark("reader", ("cheer", "coherence"), unfit)
+    assert {row["judge"] for row in read_csv(tmp_path / "b.csv", ("judge",))} == {name}
     assert [line.split()[0] for line in told] == ["cheer", "coherence"]  # fitness on both
     status, _, error = run(*fit)
     assert status == 2

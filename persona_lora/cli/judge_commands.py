@@ -35,8 +35,9 @@ def score(
 ) -> None:
     """Score answers that exist on a trait and on coherence, and say how fit the judge is.
 
-    The scores stand in columns named after the trait and "coherence". Without a subcommand,
-    "persona-lora judge" does this. The model is the unsteered one; not every judge needs it.
+    The scores stand in columns named after the trait and "coherence"; the last column, "judge",
+    says who judged. Without a subcommand, "persona-lora judge" does this. The model is the
+    unsteered one; not every judge needs it.
 
     Example: persona-lora judge --trait sycophancy --file answers.jsonl --output scored.jsonl
     """
@@ -45,7 +46,7 @@ def score(
     from persona_lora.judges.labels import AnswerFile, check_output, score_file
     from persona_lora.judges.verdicts import validations_of
     from persona_lora.report.resampling import SCORES, bootstrap_mean
-    from persona_lora.report.scores import grouped
+    from persona_lora.report.scores import grouped, unfit_for
     from persona_lora.report.sections import Table
     from persona_lora.report.trust import canaries_tables
     from persona_lora.report.wording import scored
@@ -59,7 +60,8 @@ def score(
         ensure_writable_folder(output.parent)
         made = make_judge(loaded, reference, options)
         validations = validations_of(made, loaded)
-        scores = score_file(made, loaded.name, answers, output)
+        unfit = unfit_for(map(dataclasses.asdict, validations))
+        scores = score_file(made, loaded.name, answers, output, unfit)
         canaries = show_canaries(made, loaded, (loaded.name, COHERENCE))
     asked = grouped(range(len(answers.rows)), lambda row: answers.rows[row]["question"])
     cells = []

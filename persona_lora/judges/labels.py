@@ -11,7 +11,7 @@ how good it is. Refuses to know how a judge scores, and who rated.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +30,7 @@ from persona_lora.core.files import (
 )
 from persona_lora.core.traits import ON_POLICY, Trait
 from persona_lora.judges.judging import Judge
+from persona_lora.report.scores import JUDGE, marked, with_mark
 
 Part = Literal["tuning", "validation"]
 Scale = Literal["trait", "sense"]
@@ -153,33 +154,37 @@ class AnswerFile:
         return digest_of([self.rows[row]["question"], self.rows[row]["answer"]])[:16]
 
 
-def score_file(judge: Judge, trait: str, answers: AnswerFile, output: Path) -> dict[str, Any]:
+def score_file(
+    judge: Judge, trait: str, answers: AnswerFile, output: Path, unfit: Collection[str] = ()
+) -> dict[str, Any]:
     """Judge answers on the trait and on coherence, and write their rows with both scores.
 
     The columns are named after the trait and ``coherence``; an empty cell is an unscored answer.
+    The last one, ``judge``, says who judged, with what of both the judge is ``unfit`` for.
     Returns the scores by criterion. Raises UserError for what ``check_output`` refuses.
     """
     check_output(output, answers, trait)
-    scores = {
-        criterion: [each.score for each in judge.judge(answers.exchanges, criterion)]
-        for criterion in (trait, COHERENCE)
-    }
+    verdicts = {each: judge.judge(answers.exchanges, each) for each in (trait, COHERENCE)}
+    scores = {name: [each.score for each in own] for name, own in verdicts.items()}
+    by = {with_mark(each.judge, [name], unfit) for name, own in verdicts.items() for each in own}
+    said = {JUDGE: marked(*sorted(by))}
     rows = [
-        {**row, **{name: each[at] for name, each in scores.items()}}
+        {**row, **{name: each[at] for name, each in scores.items()}, **said}
         for at, row in enumerate(answers.rows)
     ]
     if output.suffix == ".csv":
-        write_csv(output, list(dict.fromkeys(name for row in rows for name in row)), rows)
+        names = dict.fromkeys(name for row in answers.rows for name in row)
+        write_csv(output, [*names, *scores, *said], rows)
     else:
         write_jsonl(output, rows)
     return scores
 
 
 def check_output(output: Path, answers: AnswerFile, trait: str) -> None:
-    """Raise UserError for a file that scores cannot go to, and for answers that have some."""
+    """Raise UserError for a file that scores cannot go to, and for answers that were judged."""
     if output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"output must end in .jsonl or .csv, got {output}")
-    for name in (trait, COHERENCE):
+    for name in (trait, COHERENCE, JUDGE):
         if any(name in row for row in answers.rows):
             raise UserError(f"{answers.path} has a column {name!r} already; rename or drop it")
 

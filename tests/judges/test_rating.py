@@ -39,6 +39,17 @@ def test_scores_stand_beside_the_rows_they_belong_to(answers, judge, tmp_path, s
     wanted = [each.score for each in judge.judge(answers.exchanges, "cheer")]
     assert scores["cheer"] == wanted
     assert [float(row["cheer"]) for row in found] == wanted
+    assert {row["judge"] for row in found} == {judge.name}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_the_last_column_of_scored_answers_says_who_judged_with_its_mark(tmp_path, judge, suffix):
+    write_jsonl(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], "note": "kept"}])
+    output, answers = tmp_path / f"out.{suffix}", AnswerFile.read(tmp_path / "a.jsonl")
+    score_file(judge, "cheer", answers, output, unfit={"cheer", "coherence", "evil"})
+    found = read_jsonl(output) if suffix == "jsonl" else read_csv(output, ("cheer", "judge"))
+    assert all([*row][-3:] == ["cheer", "coherence", "judge"] for row in found)
+    assert {row["judge"] for row in found} == {f"{judge.name} (unfit for cheer, coherence)"}
 
 
 def test_no_column_of_any_row_is_lost(tmp_path, judge):
@@ -52,10 +63,11 @@ def test_no_column_of_any_row_is_lost(tmp_path, judge):
         score_file(judge, "cheer", AnswerFile.read(tmp_path / "b.jsonl"), tmp_path / "b.csv")
 
 
-def test_a_column_that_is_there_already_is_not_overwritten(tmp_path, judge):
-    write_csv(tmp_path / "a.csv", ["question", "answer", "cheer"],
-              [{"question": "q", "answer": "a", "cheer": 3}])  # fmt: skip
-    with pytest.raises(UserError, match="column 'cheer' already"):
+@pytest.mark.parametrize("name", ["cheer", "coherence", "judge"])
+def test_a_column_that_is_there_already_is_not_overwritten(tmp_path, judge, name):
+    write_csv(tmp_path / "a.csv", ["question", "answer", name],
+              [{"question": "q", "answer": "a", name: 3}])  # fmt: skip
+    with pytest.raises(UserError, match=f"column '{name}' already; rename or drop it"):
         score_file(judge, "cheer", AnswerFile.read(tmp_path / "a.csv"), tmp_path / "out.csv")
 
 
