@@ -35,6 +35,7 @@ from persona_lora.studies.personas.read_goals import (
     front_means,
     goal_fits,
     is_front,
+    judge_of,
     sought,
     targets_of,
     trait_means,
@@ -138,9 +139,9 @@ def render_goal(run: Run) -> Picture:
         " Line: what no other candidate that keeps the constraints is nearer than to every target."
     )
     note = (
-        f"Search: {len(config['prompts'])} training prompts, judge {config['judge']}. Held-out: "
-        f"{fits[0].fit.n_questions} other prompts, the same judge; bars: 95% bootstrap over "
-        f"prompts. Dashed: the target. Random mixes: another for every prompt."
+        f"Search: {len(config['prompts'])} training prompts, judge {judge_of(run, traits)}. "
+        f"Held-out: {fits[0].fit.n_questions} other prompts, the same judge; bars: 95% bootstrap "
+        f"over prompts. Dashed: the target. Random mixes: another for every prompt."
         f"{front if several else _hollow(generations)}"
     )
     return draw.finish(figure, panels, title=f"A search for {sought(config)}", note=note)

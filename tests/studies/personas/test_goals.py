@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from persona_lora.core.chat import Exchange, Verdict
 from persona_lora.core.errors import UserError
@@ -286,6 +287,8 @@ def test_how_fit_its_judges_are_is_asked_once_and_marks_table_line_and_page(
         marked = ["letters (unfit for cheer)", "others (unfit for cheer)"]
         assert [row[2] for row in goal_tables(rows, run, ObjectiveOptions())[1].rows] == marked
         assert all(name in goal_line(rows, run, result.best) for name in marked)
+        texts = render_goal(run).figure.findobj(Text)
+        assert any(marked[0] in " ".join(each.get_text().split()) for each in texts)
         page = (run.folder / "report.html").read_text()
         assert page.index("On cheer the judge “letters” is unfit") < page.index("<table")
         assert all(each in page for each in (*marked, "Agreement with labels", "Canaries"))
