@@ -106,6 +106,7 @@ def _asked(run: Run) -> Iterator[tuple[tuple[Any, ...], Any, bool]]:
 
 
 WEAK_AUC = 0.8
+OF = "of"  # the trait whose labels and nonsense a row on coherence is of, where several are kept
 FITNESS = {True: "yes", False: "unfit", None: "not known"}
 
 
@@ -142,7 +143,7 @@ def weak_judges(run: Run) -> tuple[Note, ...]:
     said = [
         *(
             f"The judge “{row['judge']}” gives {wording.number(row['score'])} of 100 on "
-            f"{row['criterion']} to nonsense ({row['name']}); what it reads may not be the trait."
+            f"{_criterion(row)} to nonsense ({row['name']}); what it reads may not be the trait."
             for row in _kept(run, "canaries", "second_canaries")
             if not row["caught"]
         ),
@@ -168,24 +169,29 @@ def _weakness(row: Row, model: Any) -> str:
         for whose, rho in found:
             if rho is None or rho < rated.FIT_WITHIN:
                 return (
-                    f"On {row['criterion']} {judge} is unfit: among {whose} own answers under one "
+                    f"On {_criterion(row)} {judge} is unfit: among {whose} own answers under one "
                     f"condition its ρ with blind ratings is {wording.number(rho, 2)}, and "
                     f"{rated.FIT_WITHIN} is asked for."
                 )
     if auc is None or auc < WEAK_AUC:
         kind = "hand-labelled answers" if own is None else "rated answers"
         return (
-            f"On {kind} {judge} reaches an AUC of {wording.number(auc, 2)} for {row['criterion']}; "
+            f"On {kind} {judge} reaches an AUC of {wording.number(auc, 2)} for {_criterion(row)}; "
             f"below {WEAK_AUC} its scores say little."
         )
     return ""
+
+
+def _criterion(row: Row) -> str:
+    """Return what a row on a judge is about: "evil", "coherence", "coherence (evil)"."""
+    return f"{row['criterion']} ({row[OF]})" if OF in row else str(row["criterion"])
 
 
 def agreement_table(rows: Sequence[Row]) -> Table:
     """Return how judges agree with labels, a line for each criterion."""
     cells = tuple(
         (
-            str(row["criterion"]),
+            _criterion(row),
             str(row["judge"]),
             "written" if (own := row.get("own")) is None else "models’ own",
             str(int(row["n"])),
@@ -263,9 +269,9 @@ def canaries_tables(rows: Sequence[Row]) -> tuple[Table, ...]:
     if not rows:
         return ()
     names = list(dict.fromkeys(row["name"] for row in rows))
-    places = list(dict.fromkeys((row["criterion"], row["judge"]) for row in rows))
+    places = list(dict.fromkeys((_criterion(row), row["judge"]) for row in rows))
     scores = {
-        (row["criterion"], row["judge"], row["name"]): wording.number(row["score"]) for row in rows
+        (_criterion(row), row["judge"], row["name"]): wording.number(row["score"]) for row in rows
     }
     cells = tuple(  # a trait without training answers has no canned sentence
         (*place, *(scores.get((*place, name), wording.NONE) for name in names)) for place in places

@@ -28,6 +28,7 @@ from persona_lora.judges.verdicts import judge_answers, lazily
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import write_found
 from persona_lora.report.scores import SECOND, grouped, method_of
+from persona_lora.report.trust import OF
 from persona_lora.steering.bank import Bank
 from persona_lora.steering.steerer import Unsteered
 from persona_lora.studies.asking.capability import check_tasks, run_benchmarks
@@ -178,13 +179,13 @@ def run_side_effects(
     """
     steered, output = _Steered.of(chat_model, trait, bank, compared, options), Output.of(output)
     with steered.open(output, "side-effects", sign=steered.sign) as run:
-        found, parts = [*_own(steered, compared)], []
+        found, parts = [*_own(steered, compared)], dict[str, list[Run]]()
         for other in watched.traits:
             at = output.at(run.folder / other.label)
             part = _ask(steered, other, watched.max_questions, judges[other.label], at)
             for criterion in (other.name, COHERENCE):
                 found += _scores(steered, part, OTHER, other.label, criterion)
-            parts.append(part)
+            parts.setdefault(other.name, []).append(part)
         run.write(SCORES, found)
         if REFUSAL in watched.parts:
             found += _refusals(steered, watched, output.at(run.folder / REFUSAL))
@@ -192,7 +193,8 @@ def run_side_effects(
             at, judge = output.at(run.folder / TURNS), lazily(judges[trait.label])
             found += _converse(steered, watched.max_questions, judge, at)
         run.write(SCORES, found)
-        _keep_fitness(run, [*parts, *_turns(run), *_splits(compared)])
+        parts.setdefault(trait.name, []).extend([*_turns(run), *_splits(compared)])
+        _keep_fitness(run, parts)
         if CAPABILITY in watched.parts:
             _measure_capability(steered, watched.tasks, output.at(run.folder / CAPABILITY))
         changes = read_side_effects(run)
@@ -216,10 +218,19 @@ def _turns(run: Run) -> list[Run]:
     return [Run(at.parent) for at in sorted((run.folder / TURNS).glob("*/run.json"))]
 
 
-def _keep_fitness(run: Run, parts: Sequence[Run]) -> None:
-    """Keep beside the scores how fit their judges are: what every part says of its own."""
+def _keep_fitness(run: Run, parts: Mapping[str, Sequence[Run]]) -> None:
+    """Keep beside the scores how fit their judges are: what all parts, by trait, say of their own.
+
+    A row on coherence says ``of`` which trait's answers it is, where traits would look alike.
+    """
     for name in OF_JUDGES:
-        run.write(name, {str(row): row for part in parts for row in part.read(name)}.values())
+        kept = [
+            {**row, OF: trait} if row["criterion"] == COHERENCE else row
+            for trait, own in parts.items()
+            for part in own
+            for row in part.read(name)
+        ]
+        run.write(name, {str(row): row for row in kept}.values())
 
 
 def _ask(

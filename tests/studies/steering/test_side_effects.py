@@ -15,6 +15,8 @@ from persona_lora.core.lora_diff import BaseModel, LoRADiff, LoRAFactors, random
 from persona_lora.core.options import ComparisonOptions, GenerationOptions, TaskOptions
 from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
+from persona_lora.report.sections import Table
+from persona_lora.report.trust import judge_blocks, weak_judges
 from persona_lora.steering.directions import random_like
 from persona_lora.studies.steering import side_effects
 from persona_lora.studies.steering.calibration import bank_of_methods
@@ -137,17 +139,27 @@ def test_what_a_planted_difference_moves_is_found_and_what_it_leaves_alone(
 
 def test_how_fit_every_judge_of_its_parts_is_stands_beside_the_scores(tmp_path):
     run, *parts = (
-        Run.open(tmp_path / name, command="side-effects", config={}, seed=0) for name in "abc"
+        Run.open(tmp_path / name, command="side-effects", config={}, seed=0) for name in "abcd"
     )
     names = ("validation", "second_validation", "canaries", "second_canaries")
-    for part in parts:
+    rows = ("b", 10.0), ("c", 90.0), ("c", 90.0)
+    for part, (trait, score) in zip(parts, rows, strict=True):
         for name in names:
-            own = {"judge": name, "criterion": part.folder.name}
-            part.write(name, [own, {"judge": name, "criterion": COHERENCE}])
-    side_effects._keep_fitness(run, parts)
+            own = {"judge": name, "name": "loop", "score": score, "caught": False,
+                   "auc": score / 100, "spearman": None, "n": 4, "coverage": 1.0}  # fmt: skip
+            part.write(name, [{**own, "criterion": each} for each in (trait, COHERENCE)])
+    side_effects._keep_fitness(run, {"b": parts[:1], "c": parts[1:]})  # c, and another part of it
     for name in names:
-        assert [row["criterion"] for row in run.read(name)] == ["b", COHERENCE, "c"]
+        assert [row["criterion"] for row in run.read(name)] == ["b", COHERENCE, "c", COHERENCE]
         assert {row["judge"] for row in run.read(name)} == {name}
+    tables = {block.title: block for block in judge_blocks(run) if isinstance(block, Table)}
+    shown = ["b", "coherence (b)", "c", "coherence (c)"]
+    agreed, nonsense = tables["Judge"].rows, tables["Canaries"].rows
+    assert [row[0] for row in agreed] == [row[0] for row in nonsense] == 2 * shown
+    assert [row[2] for row in nonsense] == 2 * ["10", "10", "90", "90"]
+    said = " ".join(each.text for each in weak_judges(run))
+    assert "10 of 100 on coherence (b) to nonsense" in said
+    assert "90 of 100 on coherence (c) to nonsense" in said
 
 
 def test_less_of_the_trait_is_asked_under_its_negative_prompt(
