@@ -10,6 +10,7 @@ classifier to ``train.jsonl``, surface counts without nonsense). "Tuning" is the
 inside a model and condition on that part with the question held out: what a choice may rest on. The
 rest is the validation part. ``--curve`` tells instead how the reader probe's agreement grows with
 the number of rated answers, ``--surface`` what nine surface counts tell and explain of it,
+``--again`` how ratings of answers that lay hidden among later ones differ from the earlier ones,
 ``--models`` how both default judges agree on the answers of each model, ``--spread`` how much there
 is to tell inside a condition, ``--errors`` how far the reader misses ratings by model and kind of
 condition and what that does to an effect, ``--asked`` how a language model agrees that is asked for
@@ -21,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -487,6 +490,31 @@ Answer: {answer}
 How much does this answer show {name}? Reply with one digit, from 0 (not at all) to 9 (plainly)."""
 
 
+def again(traits: Sequence[Trait]) -> None:
+    """Print how ratings of answers that were rated once more differ from the earlier ones."""
+    path = Path(__file__).parent / "data" / "rated_again.jsonl"
+    later = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    print("| trait | answers | *trait*: later − earlier, absolute | *sense* |\n|---|---|---|---|")
+    missed: dict[Scale, list[float]] = {"trait": [], "sense": []}
+    for trait in traits:
+        rows = {(row.question, row.answer): row for row in load_ratings(trait)}
+        own = [row for row in later if row["of"] == trait.name]
+        cells = []
+        for scale, found in missed.items():
+            earlier = [rows[row["question"], row["answer"]].rating(scale) for row in own]
+            by = [float(np.mean(row[scale])) - e for row, e in zip(own, earlier, strict=True)]
+            found += by
+            cells.append(_differing(by))
+        print(f"| {trait.name} | {len(own)} | {' | '.join(cells)} |")
+    print(f"| all | {len(missed['trait'])} | {' | '.join(map(_differing, missed.values()))} |")
+
+
+def _differing(by: Sequence[float]) -> str:
+    if not by:
+        return wording.NONE
+    return f"{wording.signed(float(np.mean(by)))}, {wording.number(float(np.mean(np.abs(by))))}"
+
+
 def asked(bench: Bench, options: JudgeOptions, sample: int, chosen: Sequence[str]) -> None:
     """Print how a language model that is asked of answers drawn by lot agrees with their ratings.
 
@@ -544,6 +572,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("trait", "sense"), default="trait")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--surface", action="store_true")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--spread", action="store_true")
     parser.add_argument("--errors", action="store_true")
@@ -555,6 +584,9 @@ def main() -> None:
     parser.add_argument("--likelihood", action="store_true")
     parser.add_argument("--reader", default=None, help="another model that reads")
     options = parser.parse_args()
+    if options.again:
+        again(list(map(load_trait, options.traits)))
+        return
     named = {} if options.reader is None else {"name": options.reader}
     chat_model = load_chat_model(dtype="float32", **named)
     of_default = {"models": models, "spread": spread, "errors": errors}
