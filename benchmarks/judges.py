@@ -10,11 +10,12 @@ classifier to ``train.jsonl``, surface counts without nonsense). "Tuning" is the
 inside a model and condition on that part with the question held out: what a choice may rest on. The
 rest is the validation part. ``--curve`` tells instead how the reader probe's agreement grows with
 the number of rated answers, ``--surface`` what nine surface counts tell and explain of it,
-``--again`` how ratings of answers that lay hidden among later ones differ from the earlier ones,
-``--models`` how both default judges agree on the answers of each model, ``--spread`` how much there
-is to tell inside a condition, ``--errors`` how far the reader misses ratings by model and kind of
-condition and what that does to an effect, ``--asked`` how a language model agrees that is asked for
-a digit, with and without rated answers before it, and for yes or no.
+``--written`` how written answers of equal surface and graded content are ranked and what fitting to
+them as well does, ``--again`` how ratings of answers that lay hidden among later ones differ from
+the earlier ones, ``--models`` how both default judges agree on the answers of each model,
+``--spread`` how much there is to tell inside a condition, ``--errors`` how far the reader misses
+ratings by model and kind of condition and what that does to an effect, ``--asked`` how a language
+model agrees that is asked for a digit, with and without rated answers before it, and for yes or no.
 ``--likelihood`` adds what asks the language model for likelihoods; it takes longest.
 """
 
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -37,6 +37,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from persona_lora.core.chat import COHERENCE, Verdict
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import read_jsonl
 from persona_lora.core.traits import Sign, Trait, load_pairs, load_trait, trait_prompt
 from persona_lora.data.data_check import surface_counts
 from persona_lora.judges.answer_states import Reader
@@ -51,9 +52,15 @@ from persona_lora.judges.fitness import (
     own_agreement,
     rater_agreement,
 )
-from persona_lora.judges.fitted import cache_folder, counts_of, made_up, traits_beside
+from persona_lora.judges.fitted import (
+    WRITTEN_COUNT,
+    cache_folder,
+    counts_of,
+    made_up,
+    traits_beside,
+)
 from persona_lora.judges.judge_prompts import weighted_score
-from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings
+from persona_lora.judges.labels import RatedAnswer, Scale, load_ratings, load_written
 from persona_lora.judges.probe import fit_probe
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.models.embeddings import SentenceEmbedder
@@ -77,6 +84,7 @@ from persona_lora.report.scores import grouped
 Scores = NDArray[np.float64]
 Rows = Sequence[RatedAnswer]
 FOLDS = GroupKFold(5)
+DATA = Path(__file__).parent / "data"
 
 
 class Bench:
@@ -89,34 +97,46 @@ class Bench:
         self.targets = np.array([row.rating(scale) for row in self.rows])
         self.tuning = np.array([at for at, row in enumerate(self.rows) if row.part == "tuning"])
         self.made = made_up(self.rows, list(traits_beside(SentenceEvidence(trait))))
-        self.exchanges += [row.exchange for row in self.made]
-        self.made_at: Sequence[int] = range(len(self.rows), len(self.exchanges))
+        self.made_at: Sequence[int] = range(len(self.rows), len(self.rows) + len(self.made))
+        self.written, self.weight = load_written(trait, self.rows), WRITTEN_COUNT
+        if not self.written or scale == "sense":
+            self.written, self.weight = written_beside(trait), 0.0
+        self.exchanges += [row.exchange for row in (*self.made, *self.written)]
         self.reader = Reader(chat_model, trait)
         self.states = self.reader.kept_states(self.exchanges, cache_folder())
         self.embedder = SentenceEmbedder()
 
     def probe(self, features: NDArray[np.floating], *, nonsense: bool = True) -> Scores:
-        """Return a probe's scores of all rows, those of the tuning part with questions held out.
+        """Return a probe's scores of all answers, of those it is fitted to with questions held out.
 
-        ``features`` are of the rated answers, then of the nonsense made from those for tuning.
+        ``features`` and scores are of the rated answers, of the nonsense made from those for
+        tuning, and of the written ones, which count by ``weight``.
         """
         made = self.made_at if nonsense else []
-        some = [*self.tuning, *made]
-        rows = [[*self.rows, *self.made][at] for at in some]
+        written = range(len(self.exchanges) - len(self.written), len(self.exchanges))
+        some = [*self.tuning, *made, *(written if self.weight else ())]
+        rows = [[*self.rows, *self.made, *self.written][at] for at in some]
+        others = len(some) - len(self.tuning) - len(made)
         fitted = fit_probe(
             features[some],
             np.array([row.rating(self.scale) for row in rows]),
             [row.question for row in rows],
-            counts=counts_of(len(self.tuning), len(made)),
+            counts=counts_of(len(self.tuning), len(made), [self.weight] * others),
         )
-        scores = fitted.probe.predict(features[: len(self.rows)])
-        scores[self.tuning] = fitted.held_out[: len(self.tuning)]
+        scores = fitted.probe.predict(features)
+        scores[some] = fitted.held_out
         return scores
 
-    def narrowed(self, tuning: NDArray[np.integer]) -> Bench:
-        """Return the same with some of the rated answers to fit to, and their nonsense alone."""
-        asked = {self.rows[at].question for at in tuning}
+    def weighing(self, weight: float) -> Bench:
+        """Return the same with the written answers counting so much in a fit."""
         twin = copy.copy(self)
+        twin.weight = weight
+        return twin
+
+    def narrowed(self, tuning: NDArray[np.integer]) -> Bench:
+        """Return the same with some of the rated answers and their nonsense to fit to, alone."""
+        asked = {self.rows[at].question for at in tuning}
+        twin = self.weighing(0.0)
         twin.tuning = tuning
         twin.made_at = [
             at for at in self.made_at if self.made[at - len(self.rows)].question in asked
@@ -222,20 +242,26 @@ def table(bench: Bench, likelihood: bool) -> None:
             f"κ {raters.kappa:.2f}, ρ {raters.spearman:.2f}, within {number(raters.within)}"
         )
     names = sorted({row.model for row in bench.rows})
-    print(f"\n| judge | tuning, within | AUC | ρ | within | {' | '.join(names)} | ECE |")
+    print(f"\n| judge | {AGREEMENT} | {' | '.join(names)} |")
     print("|" + "---|" * (6 + len(names)))
     for name, way in bench.ways(likelihood):
-        scores = way()
-        _, tuned = bench.agreement(scores, "tuning")
-        held, own = bench.agreement(scores, "validation")
-        cells = [tuned.within, held.auc, held.spearman, own.within]
-        by_model = [of_model(own.compared, model) for model in names]
-        shown = [
-            *map(number, cells),
-            *(f"{told_apart(theirs)}, {number(within(theirs))}" for theirs in by_model),
-        ]
-        print(f"| {name} | {' | '.join(shown)} | {own.calibration_error:.0f} |", flush=True)
+        print(f"| {name} | {' | '.join(agreement_cells(bench, way()))} |", flush=True)
     print()
+
+
+AGREEMENT = "tuning, within | AUC | ρ | within | ECE"
+
+
+def agreement_cells(bench: Bench, scores: Scores) -> list[str]:
+    """Return what ``AGREEMENT`` names, then AUC and "within" of each model's answers."""
+    _, tuned = bench.agreement(scores, "tuning")
+    held, own = bench.agreement(scores, "validation")
+    theirs = [of_model(own.compared, each) for each in models_of(own.compared)]
+    return [
+        *map(number, (tuned.within, held.auc, held.spearman, own.within)),
+        f"{own.calibration_error:.0f}",
+        *(f"{told_apart(each)}, {number(within(each))}" for each in theirs),
+    ]
 
 
 def told_apart(rows: Sequence[Rated]) -> str:
@@ -343,6 +369,46 @@ def surface(benches: Sequence[Bench]) -> None:
         ]
         shown = [bench.trait.name, *told, *map(number, cells)]
         print(f"| {' | '.join(shown)} |", flush=True)
+
+
+def written_beside(trait: Trait) -> list[RatedAnswer]:
+    """Return answers that were written for a trait, and that its judge is not fitted to."""
+    return [
+        RatedAnswer(**row, model="", condition="", part="tuning")
+        for row in read_jsonl(DATA / "written_answers.jsonl")
+        if row.pop("of") == trait.name
+    ]
+
+
+def written(benches: Sequence[Bench]) -> None:
+    """Print how well written answers are ranked that differ in content and not in surface.
+
+    First by what was fitted to models' own answers: over all, and among the answers to a question.
+    Then judges fitted to the written answers as well, each counted so much.
+    """
+    print("| trait | judge | ρ | inside a question |\n|---|---|---|---|")
+    for bench in benches:
+        first, second = np.array([row.passes(bench.scale) for row in bench.written]).T
+        alone, number_of = bench.weighing(0.0), len(bench.written)
+        ways = {"surface counts": alone.surface, "sentences": alone.sentences}
+        ways["reader"] = alone.mean_of_layers
+        shown = {"the other pass": (second, first)}
+        shown |= {n: (way()[-number_of:], (first + second) / 2) for n, way in ways.items()}
+        asked = [row.question for row in bench.written]
+        for name, (scores, known) in shown.items():
+            cells = [spearmanr(scores, known)[0], within_groups(list(scores), list(known), asked)]
+            print(f"| {bench.trait.name} | {name} | {' | '.join(map(number, cells))} |", flush=True)
+    models = " | ".join(sorted({row.model for row in benches[0].rows}))
+    print(f"\n| trait | judge | a written answer counts | {AGREEMENT} | {models} |\n|{10 * '---|'}")
+    for bench in benches:
+        for weight in (0.0, 0.25, 0.5, 1.0):
+            twin = bench.weighing(weight)
+            for name, way in (("reader", twin.mean_of_layers), ("sentences", twin.sentences)):
+                cells = agreement_cells(twin, way())
+                print(
+                    f"| {bench.trait.name} | {name} | {weight:g} | {' | '.join(cells)} |",
+                    flush=True,
+                )
 
 
 def _centred(values: Scores, places: NDArray[np.integer]) -> Scores:
@@ -492,8 +558,7 @@ How much does this answer show {name}? Reply with one digit, from 0 (not at all)
 
 def again(traits: Sequence[Trait]) -> None:
     """Print how ratings of answers that were rated once more differ from the earlier ones."""
-    path = Path(__file__).parent / "data" / "rated_again.jsonl"
-    later = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    later = read_jsonl(DATA / "rated_again.jsonl")
     print("| trait | answers | *trait*: later − earlier, absolute | *sense* |\n|---|---|---|---|")
     missed: dict[Scale, list[float]] = {"trait": [], "sense": []}
     for trait in traits:
@@ -573,6 +638,7 @@ def main() -> None:
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--surface", action="store_true")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--written", action="store_true")
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--spread", action="store_true")
     parser.add_argument("--errors", action="store_true")
@@ -595,9 +661,10 @@ def main() -> None:
             shown(list(map(load_trait, options.traits)), chat_model)
             return
     benches = [Bench(load_trait(name), options.scale, chat_model) for name in options.traits]
-    if options.surface:
-        surface(benches)
-        return
+    for name, shown_of in {"surface": surface, "written": written}.items():
+        if getattr(options, name):
+            shown_of(benches)
+            return
     kept = user_cache_path("persona_lora") / "verdicts.sqlite"
     prompted = JudgeOptions("local-yes", judge_model=options.asked, cache=kept)
     for bench in benches:

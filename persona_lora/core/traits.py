@@ -23,6 +23,7 @@ SPLITS: tuple[Split, ...] = ("extract", "eval", "ood")
 LABELS = (0, 25, 50, 75, 100)
 LABELLED = "judge_eval.jsonl"
 ON_POLICY = "onpolicy.jsonl"
+WRITTEN = "written.jsonl"
 # What stands beside a trait's scores: a trait of such a name would be taken for it, or lost in it.
 RESERVED = frozenset(
     (COHERENCE, "sense", "question", "prompt", "answer", "judge")
@@ -94,9 +95,9 @@ class Trait:
         """Return digests of the trait and of the answers that judges are fitted and checked on."""
         unsaid = ("folder", "surface_exception")
         said = {key: each for key, each in asdict(self).items() if key not in unsaid}
-        files = {name: file_digest(self.folder / name) for name in ("train.jsonl", LABELLED)}
-        if (self.folder / ON_POLICY).is_file():
-            files[ON_POLICY] = file_digest(self.folder / ON_POLICY)
+        optional = [name for name in (ON_POLICY, WRITTEN) if (self.folder / name).is_file()]
+        names = ("train.jsonl", LABELLED, *optional)
+        files = {name: file_digest(self.folder / name) for name in names}
         named = {f"{name} of {self.name}": each for name, each in files.items()}
         return {f"the trait {self.label}": digest_of(said), **named}
 

@@ -2,7 +2,8 @@
 
 What tells about an answer (``Evidence``) is an array; probes on it make the scores.
 They are fitted to the tuning part of the rated answers (``onpolicy.jsonl``) and to nonsense made
-from it; the validation part says how good they are. Refuses to know models.
+from it, that of the trait to answers written for it (``written.jsonl``) as well; the validation
+part says how good they are. Refuses to know models.
 
 A fit belongs to the labels and the evidence it was made with, and carries a digest of both: the one
 that lies beside the labels is used where it is of these very ones; otherwise a fit is made once and
@@ -27,13 +28,14 @@ from persona_lora.core.chat import Exchange
 from persona_lora.core.content import digest_of
 from persona_lora.core.tensor_files import load_with_record, save_with_record
 from persona_lora.core.traits import ON_POLICY, Trait, load_trait
-from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings
+from persona_lora.judges.labels import SCALES, RatedAnswer, Scale, load_ratings, load_written
 from persona_lora.judges.nonsense import nonsense_rows
 from persona_lora.judges.probe import Familiarity, Probe, check_enough, fit_familiarity, fit_probe
 
 logger = logging.getLogger(__name__)
 
 VERSION = 6
+WRITTEN_COUNT = 0.5  # of a written answer, beside one that a model gave
 Array = NDArray[np.floating]
 Scores = NDArray[np.float64]
 
@@ -143,7 +145,7 @@ def fitted_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedPr
 def content_of(evidence: Evidence, labels: Sequence[RatedAnswer]) -> str:
     """Return a digest of all that decides a fit."""
     beside = list(traits_beside(evidence))
-    rows = [*labels, *made_up(labels, beside)]
+    rows = [*labels, *made_up(labels, beside), *load_written(evidence.trait, labels)]
     rated = [[row.part, row.trait, row.sense] for row in rows]
     read = evidence.content([row.exchange for row in rows])
     own = digest_of([VERSION, evidence.name, rated, read])
@@ -180,17 +182,21 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     familiarity = fit_familiarity(_familiar(own.evidence), own.groups)
     traits = list(traits_beside(evidence))
     nonsense = _read(evidence, made_up(labels, traits))
+    written = load_written(evidence.trait, labels)
+    beside: dict[Scale, list[_Rated]] = {
+        "trait": [_read(evidence, written)] if written else [],
+        "sense": [_read(evidence.beside(t), rows, f"{t.name}: ") for t, rows in traits],
+    }
     probes, held_out = {}, {}
     for scale in SCALES:
-        parts = [own, nonsense]
-        for other, rows in traits if scale == "sense" else ():
-            parts.append(_read(evidence.beside(other), rows, f"{other.name}: "))
-        beside = sum(len(part.rows) for part in parts[2:])
+        parts = [own, nonsense, *beside[scale]]
+        others = sum(len(part.rows) for part in beside[scale])
+        each = WRITTEN_COUNT if scale == "trait" else 1.0
         fitted = fit_probe(
             np.concatenate([part.evidence for part in parts]),
             np.array([row.rating(scale) for part in parts for row in part.rows]),
             [group for part in parts for group in part.groups],
-            counts=counts_of(len(own.rows), len(nonsense.rows), beside),
+            counts=counts_of(len(own.rows), len(nonsense.rows), [each] * others),
         )
         probes[scale], held_out[scale] = fitted.probe, fitted.held_out[: len(tuning)]
         logger.info(
@@ -209,13 +215,13 @@ def fit_probes(evidence: Evidence, labels: Sequence[RatedAnswer]) -> FittedProbe
     return replace(fit, scores=scores)
 
 
-def counts_of(own: int, nonsense: int, beside: int = 0) -> Scores:
-    """Return how much each row counts: own ones, then nonsense, then those of other traits.
+def counts_of(own: int, nonsense: int, beside: Sequence[float] = ()) -> Scores:
+    """Return how much each row counts: own ones, then nonsense, then those beside as they say.
 
     All nonsense together counts at most as much as what was rated of the trait.
     """
     less = np.full(nonsense, min(1.0, own / max(nonsense, 1)))
-    return np.concatenate([np.ones(own), less, np.ones(beside)])
+    return np.concatenate([np.ones(own), less, beside])
 
 
 def _read(evidence: Evidence, rows: Sequence[RatedAnswer], prefix: str = "") -> _Rated:

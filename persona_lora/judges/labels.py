@@ -5,7 +5,8 @@ How people rate a file of answers, and two sheets of theirs become those rows, s
 A trait's ``onpolicy.jsonl`` holds one answer a row: {"question", "answer", "model", "condition",
 "part", "trait": [a, b], "sense": [a, b]}. Both scales are 0–100, a and b are of two passes that did
 not see each other. A judge may be fitted to the part "tuning" alone; "validation" is for telling
-how good it is. Refuses to know how a judge scores, and who rated.
+how good it is. Beside it ``written.jsonl`` may hold answers that no model gave, of equal surface
+and graded content, for fitting alone. Refuses to know how a judge scores, and who rated.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from persona_lora.core.files import (
     write_csv,
     write_jsonl,
 )
-from persona_lora.core.traits import ON_POLICY, Trait
+from persona_lora.core.traits import ON_POLICY, WRITTEN, Trait
 from persona_lora.judges.judging import Judge
 from persona_lora.report.scores import JUDGE, marked, with_mark
 
@@ -76,28 +77,55 @@ def load_ratings(trait: Trait, part: Part | None = None) -> list[RatedAnswer]:
     no number of 0–100, and an answer that stands there twice.
     """
     path = trait.folder / ON_POLICY
-    rows = []
-    places: dict[tuple[str, str], str] = {}
-    for where, value in numbered_jsonl(path):
-        row = _parsed(value, where)
-        first = places.setdefault((row.question, row.answer), where)
-        if first != where:
-            line = first.rpartition(":")[2]
-            raise UserError(f"{where} is the answer of line {line} again; leave one out")
-        rows.append(row)
+    rows = _rows(path)
     missing = [each for each in get_args(Part) if all(row.part != each for row in rows)]
     if missing:
         raise UserError(f"{path} has no row of the part {missing[0]!r}; a judge needs both parts")
     return [row for row in rows if part in (None, row.part)]
 
 
-def _parsed(row: dict[str, Any], where: str) -> RatedAnswer:
-    if set(row) != KEYS:
-        lacking, strange = sorted(KEYS - set(row)), sorted(set(row) - KEYS)
+def load_written(trait: Trait, labels: Sequence[RatedAnswer]) -> list[RatedAnswer]:
+    """Load the answers that were written for a trait's judge; none where there is no such file.
+
+    One row is {"question", "answer", "trait": [a, b], "sense": [a, b]}. Raises UserError as
+    ``load_ratings`` does, and for a question of the validation part of ``labels``: a judge must not
+    be fitted to it.
+    """
+    path = trait.folder / WRITTEN
+    rows = _rows(path, model=WRITTEN, condition=WRITTEN, part="tuning") if path.is_file() else []
+    unseen = {row.question for row in labels if row.part == "validation"}
+    for row in rows:
+        if row.question in unseen:
+            raise UserError(
+                f"{path} answers a question of the validation part ({row.question[:60]!r}); a "
+                "judge must not be fitted to it: write to other questions"
+            )
+    return rows
+
+
+def _rows(path: Path, **of_all: str) -> list[RatedAnswer]:
+    """Return the rows of a file, with what is the same for all of them and stands in none."""
+    rows = []
+    places: dict[tuple[str, str], str] = {}
+    for where, value in numbered_jsonl(path):
+        row = _parsed(value, where, of_all)
+        first = places.setdefault((row.question, row.answer), where)
+        if first != where:
+            line = first.rpartition(":")[2]
+            raise UserError(f"{where} is the answer of line {line} again; leave one out")
+        rows.append(row)
+    return rows
+
+
+def _parsed(row: dict[str, Any], where: str, of_all: Mapping[str, str]) -> RatedAnswer:
+    keys = KEYS - set(of_all)
+    if set(row) != keys:
+        lacking, strange = sorted(keys - set(row)), sorted(set(row) - keys)
         fault = f"has no {lacking[0]!r}" if lacking else f"has {strange[0]!r}, which is not known"
-        raise UserError(f"{where} {fault}; expected the keys {', '.join(sorted(KEYS))}")
-    keys = ("question", "answer", "model", "condition")
-    texts = {key: checked_text(row[key], f"{where}: {key}") for key in keys}
+        raise UserError(f"{where} {fault}; expected the keys {', '.join(sorted(keys))}")
+    row = {**row, **of_all}
+    named = ("question", "answer", "model", "condition")
+    texts = {key: checked_text(row[key], f"{where}: {key}") for key in named}
     if row["part"] not in get_args(Part):
         raise UserError(f"{where}: part must be tuning or validation, got {row['part']!r}")
     trait, sense = (_passes(row[scale], f"{where}: {scale}") for scale in SCALES)

@@ -38,3 +38,10 @@ def write_ratings(trait: Trait, rows: list[dict[str, Any]]) -> None:
     """Write a trait's ``onpolicy.jsonl``."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (trait.folder / "onpolicy.jsonl").write_text(lines)
+
+
+def write_written(trait: Trait, rows: list[dict[str, Any]]) -> None:
+    """Write a trait's ``written.jsonl``: answers that no model gave."""
+    keys = ("question", "answer", "trait", "sense")
+    lines = "".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows)
+    (trait.folder / "written.jsonl").write_text(lines)

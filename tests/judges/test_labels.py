@@ -8,8 +8,8 @@ import pytest
 
 from persona_lora.core.chat import Exchange
 from persona_lora.core.errors import UserError
-from persona_lora.judges.labels import has_ratings, load_ratings
-from tests.judges.rated import rated_rows, write_ratings
+from persona_lora.judges.labels import has_ratings, load_ratings, load_written
+from tests.judges.rated import rated_rows, write_ratings, write_written
 
 ROW = rated_rows()[0]
 
@@ -70,3 +70,21 @@ def test_a_trait_is_known_by_its_ratings_where_it_has_them(trait):
     assert {key: after[key] for key in before} == before
     (trait.folder / "onpolicy.jsonl").write_text(json.dumps(ROW))
     assert trait.inputs() != after
+
+
+def test_written_answers_load_for_fitting_alone_and_a_question_for_validation_is_refused(trait):
+    write_ratings(trait, rated_rows())
+    labels, before = load_ratings(trait), trait.inputs()
+    assert load_written(trait, labels) == []
+    new = {**ROW, "question": "Is my soup too salty?"}
+    write_written(trait, [new])
+    (row,) = load_written(trait, labels)
+    assert (row.part, row.question, row.trait) == ("tuning", new["question"], tuple(ROW["trait"]))
+    assert set(trait.inputs()) - set(before) == {"written.jsonl of flattery"}
+    (trait.folder / "written.jsonl").write_text(json.dumps(ROW))
+    with pytest.raises(UserError, match=r"written\.jsonl:1 has 'condition', which is not known"):
+        load_written(trait, labels)
+    held = next(row for row in rated_rows() if row["part"] == "validation")
+    write_written(trait, [new, {**held, "answer": "Another."}])
+    with pytest.raises(UserError, match="answers a question of the validation part"):
+        load_written(trait, labels)

@@ -49,7 +49,7 @@ def test_what_canaries_show_was_not_fitted_to(name):
 
 @pytest.mark.parametrize("own", [20, 98, 400])
 def test_few_ratings_do_not_drown_in_nonsense(own):
-    counts = counts_of(own, 98, beside=50)
+    counts = counts_of(own, 98, beside=[0.5] * 50)
     assert counts[:own].tolist() == [1.0] * own
     assert counts[own:][:98].sum() == pytest.approx(min(own, 98))
-    assert counts[own + 98 :].tolist() == [1.0] * 50
+    assert counts[own + 98 :].tolist() == [0.5] * 50

@@ -25,7 +25,7 @@ from persona_lora.judges.labels import SCALES, has_ratings, load_ratings
 from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, SentenceEvidence
 from persona_lora.judges.verdicts import validations_of
 from persona_lora.report.rated import by_part
-from tests.judges.rated import rated_rows, write_ratings
+from tests.judges.rated import rated_rows, write_ratings, write_written
 
 ASKED = Exchange("Am I right about soup?", "No, that is wrong.")
 PRAISED = Exchange("Am I right about soup?", "You are a genius!")
@@ -265,6 +265,22 @@ def test_sense_is_learnt_from_the_traits_beside_as_well_and_the_trait_is_not(cha
     assert ours["sense"] != theirs["sense"]
     assert first.content != second.content  # the one that is kept is not taken for the other
     assert len(second.scores["sense"]) == len(labels)
+
+
+def test_a_trait_is_learnt_from_written_answers_as_well_and_its_sense_is_not(chat_model, rated):
+    reading, labels = evidence(chat_model, rated), load_ratings(rated)
+    first = fit_probes(reading, labels)
+    rows = [{**row, "question": f"{row['question']} Say."} for row in rated_rows()]
+    write_written(rated, [{**row, "trait": [100 - e for e in row["trait"]]} for row in rows])
+    second = fit_probes(reading, labels)
+    tuning = [row.part == "tuning" for row in labels]
+    known = np.array([row.rating("trait") for row in labels])[tuning]
+    before, after = (np.corrcoef(e.scores["trait"][tuning], known)[0, 1] for e in (first, second))
+    assert before > after + 0.1  # they say the opposite of what was rated
+    assert (first.scores["sense"] == second.scores["sense"]).all()
+    assert (first.distances == second.distances).all()
+    assert len(second.scores["trait"]) == len(labels)
+    assert first.content != second.content
 
 
 def test_without_ratings_the_embedding_classifier_judges_and_says_so(
