@@ -17,7 +17,7 @@ from persona_lora.report import rated, wording
 from persona_lora.report.correction import errors_of, kind_of, of_condition
 from persona_lora.report.correction_tables import means_table
 from persona_lora.report.resampling import SCORES, bootstrap_mean
-from persona_lora.report.scores import Row, clusters, grouped, judges_of, marked, score_answers
+from persona_lora.report.scores import Row, grouped, judges_of, marked, score_answers
 from persona_lora.report.sections import Block, Heading, Note, Table
 
 HASH_SHOWN = 12
@@ -302,7 +302,9 @@ def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
     cells, labels = [], _labels(by_condition)
     for condition, rows in by_condition.items():
         kind = kind_of(condition, finetuned=finetuned)
-        mean = bootstrap_mean(clusters(rows, trait), scale=SCORES)
+        by_question = grouped(rows, lambda row: row.answer["question"])
+        scores = {at: [row.trait for row in own] for at, own in by_question.items()}
+        mean = bootstrap_mean(scores, scale=SCORES)
         right, _ = of_condition(kind, mean, None, errors)
         if right is not None:
             number = sum(map(len, errors.by_kind[kind or ""].values()))
