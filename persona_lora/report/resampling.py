@@ -20,8 +20,8 @@ Two intervals of a mean, for what is known of the scale:
   moved do not show that it moves none. Differences of shares, whose ends are often reached, are
   given their scale.
 
-Of Pearson's r over units, each of several rows, at either end the wider one of the percentile
-bootstrap over units and of Student's interval of the jackknife over units on Fisher's z.
+Pearson's r over units, each of several rows, has at either end the wider one of the same two:
+Student's, of the jackknife on Fisher's z, and the expanded BCa bootstrap.
 
 ``benchmarks/coverage.py`` prints how often each covers.
 """
@@ -257,10 +257,10 @@ def bca_bounds(value: float, resampled: Array, left_out: Array) -> Bounds:
 def correlation_bounds(r: float, resampled: Array, left_out: Array) -> Bounds:
     """Return the 95% interval of Pearson's r over units, from resampled and jackknife values.
 
-    At either end the wider one of the percentile bootstrap and of z ± t · se on Fisher's scale
+    At either end the wider one of ``bca_bounds`` and of z ± t · se on Fisher's scale
     z = artanh r, with se² = (n − 1)/n Σ (zᵢ − z̄)² over the zᵢ of ``left_out``, n values each
-    without one unit, and Student's t of n − 1. From −1 to 1 where there are no resamples, or where without
-    one of the units there is no r: it rests on that one.
+    without one unit, and Student's t of n − 1. From −1 to 1 where there are no resamples, or where
+    without one of the units there is no r: it rests on that one.
     """
     known = resampled[np.isfinite(resampled)]
     if not len(known) or not np.isfinite([r, *left_out]).all():
@@ -269,8 +269,8 @@ def correlation_bounds(r: float, resampled: Array, left_out: Array) -> Bounds:
     z, z_left = (np.arctanh(np.clip(each, -edge, edge)) for each in (r, left_out))
     n = len(left_out)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt((n - 1) * z_left.var())
-    apart = percentile_bounds(known)
-    return Bounds(min(apart.low, r, math.tanh(z - reach)), max(apart.high, r, math.tanh(z + reach)))
+    low, high = bca_bounds(r, known, left_out)
+    return Bounds(min(low, r, math.tanh(z - reach)), max(high, r, math.tanh(z + reach)))
 
 
 def correlation_gap_bounds(
