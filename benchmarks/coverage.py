@@ -178,8 +178,9 @@ def print_families(draws: int) -> None:
         truth = [np.corrcoef(x, y)[0, 1] for x in xs]
         held, widths = np.zeros(5), np.zeros(5)
         for _ in range(draws):
-            sizes = random.integers(1, 5, size=n)
-            y, *xs = finetunes(random, world, r, sizes)
+            sizes, y = random.integers(1, 5, size=n), np.zeros(1)
+            while not np.ptp(y):  # all may be at the floor
+                y, *xs = finetunes(random, world, r, sizes)
             family = np.repeat(np.arange(n), sizes)
             drawn = random.multinomial(n, np.full(n, 1 / n), size=1000)[:, family]
             left = (family != np.arange(n)[:, None]).astype(float)

@@ -416,8 +416,8 @@ def _probes_table(behaviour: str, scores: Sequence[TaskScore]) -> Table:
     columns = ("model", *(task.partition(PROBE)[2] or "plain" for task in tasks))
     note = (
         "Difference from the first model, paired by question (and seed); * p < 0.05 (Holm, all "
-        "measures). Where the answers of all seeds are equal, the interval is over questions alone. "
-        "Raw: answers under probes are of no kind that was rated."
+        "measures). Where the answers of all seeds are equal, the interval is over questions alone."
+        " Raw: answers under probes are of no kind that was rated."
     )
     return Table(columns, tuple(rows), behaviour.replace("_", " "), note)
 

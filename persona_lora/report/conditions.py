@@ -190,8 +190,9 @@ def interval_cells(interval: Interval) -> dict[str, Any]:
 
 def interval_of(row: Mapping[str, Any]) -> Interval:
     """Return the interval that a row of the long format holds."""
-    names = ("value", "low", "high", "n", "n_questions", "coverage", "reason")
-    return Interval(*(row.get(name) for name in names))
+    names: Sequence[str] = ("value", "low", "high", "n", "n_questions", "coverage", "reason")
+    cells: list[Any] = [row.get(name) for name in names]
+    return Interval(*cells)
 
 
 # -- beside a random direction of the same norm ------------------------------------------------
