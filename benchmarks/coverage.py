@@ -128,7 +128,7 @@ def print_correlations(draws: int) -> None:
                 y = r * x + np.sqrt(1 - r**2) * random.normal(size=n)
                 drawn = random.integers(n, size=(1000, n))
                 ranks = stats.rankdata(np.stack([x[drawn], y[drawn]]), axis=2)
-                found = weighted_correlation(*ranks, np.ones(drawn.shape))
+                found = weighted_correlation(ranks[0], ranks[1], np.ones(drawn.shape))
                 low, high = percentile_bounds(found[np.isfinite(found)])
                 held += low <= truth <= high
             print(f"| {r} | {n} | {held / draws:.2f} |", flush=True)
@@ -189,15 +189,16 @@ def print_families(draws: int) -> None:
                 tuple(weighted_correlation(x[None], y[None], weights) for x in xs)
                 for weights in every
             )
-            values = tuple(float(each[0]) for each in rs)
-            both = tuple(map(correlation_bounds, values, resampled, jackknife))
+            values = float(rs[0][0]), float(rs[1][0])
+            bounds = [*map(correlation_bounds, values, resampled, jackknife)]
+            both = bounds[0], bounds[1]
             known = resampled[0][np.isfinite(resampled[0])]
             found = (
                 percentile_bounds(known),
                 correlation_bounds(values[0], rs[0], jackknife[0]),  # nothing is resampled
                 bca_bounds(values[0], known, jackknife[0]),
                 both[0],
-                correlation_gap_bounds(values, both, jackknife),
+                correlation_gap_bounds(values, both, (jackknife[0], jackknife[1])),
             )
             wanted = (*[truth[0]] * 4, truth[0] - truth[1])
             held += [each.low <= at <= each.high for each, at in zip(found, wanted, strict=True)]
@@ -237,10 +238,13 @@ def print_corrected(draws: int) -> None:
             for _ in range(draws):
                 misses = 60.0 * (random.random(n) < rate) + random.normal(0, spread, n)
                 scores = random.normal(30, 5, 20)
-                raw, errors = ({at: [x] for at, x in enumerate(e)} for e in (scores, misses))
+                raw, errors = ({f"{at}": [x] for at, x in enumerate(e)} for e in (scores, misses))
                 mean = bootstrap_mean(raw, scale=SCORES, resamples=2000)
                 found = put_right(mean, Errors({"lora +": errors}), {"lora +": 1.0}, SCORES)
-                held += found is not None and found.low <= truth <= found.high
+                assert found is not None
+                assert found.low is not None
+                assert found.high is not None
+                held += found.low <= truth <= found.high
             cells.append(f"{held / draws:.2f}")
         print(f"| {n} | {' | '.join(cells)} |", flush=True)
 

@@ -221,9 +221,11 @@ def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0
     over = {kind: _over_units(parts, units, seed) for kind, parts in pooled.items()}
     found = []
     for first, second in combinations(kinds, 2):
-        r, bounds, left_out = zip(over[first], over[second], strict=True)
-        low, high = correlation_gap_bounds(r, bounds, left_out)
-        found.append(Contrast(first, second, r[0] - r[1], low, high, len(names)))
+        one, other = over[first], over[second]
+        low, high = correlation_gap_bounds(
+            (one.r, other.r), (one.bounds, other.bounds), (one.left_out, other.left_out)
+        )
+        found.append(Contrast(first, second, one.r - other.r, low, high, len(names)))
     return found
 
 
