@@ -451,7 +451,7 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
     """
     nothing = Interval(0.0, 0.0, 0.0, 1, 1, 1.0)
     halves = {"weights": ("lora", 0.5), "vectors": ("vector", 0.5)}
-    effects = {
+    effects: dict[str, dict[str | None, float]] = {
         name: {f"{kind} +": half, f"{kind} -": -half} for name, (kind, half) in halves.items()
     }
     effects["weights − vectors"] = effects["weights"] | {"vector +": -0.5, "vector -": 0.5}
@@ -466,7 +466,7 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
             told = ", ".join(f"{name} {number(each.within)}" for name, each in kinds.items())
             print(f"within, by kind: {told}")
             for name, weights in effects.items():
-                shift = put_right(nothing, Errors(errors_by_kind(some)), {**weights})
+                shift = put_right(nothing, Errors(errors_by_kind(some)), weights)
                 print(f"{name}: {wording.interval(shift, 1)}", flush=True)
             for name, (kind, _) in halves.items():
                 print(f"{name}: {_put_to_the_test(some, kind)}", flush=True)
