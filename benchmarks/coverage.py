@@ -5,7 +5,8 @@ draws whose 95% interval holds that mean, and the interval's mean width.
 
     python benchmarks/coverage.py --draws 1000
     python benchmarks/coverage.py --differences    # of a few questions, which have no known scale
-    python benchmarks/coverage.py --correlations   # percentile intervals of correlations, by units
+    python benchmarks/coverage.py --correlations   # percentile intervals of Spearman's ρ, by units
+    python benchmarks/coverage.py --families       # of Pearson's r, over families of finetunes
     python benchmarks/coverage.py --seeds          # means and differences over one, three, five
     python benchmarks/coverage.py --corrected      # means put right, of a judge with rare misses
     python benchmarks/coverage.py --equal          # how often a difference is called equal to 0
@@ -14,18 +15,22 @@ draws whose 95% interval holds that mean, and the interval's mean width.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
 
 from persona_lora.report import wording
-from persona_lora.report.correction import corrected_mean
+from persona_lora.report.correction import Errors, put_right
 from persona_lora.report.resampling import (
     SCORES,
     Bounds,
+    bca_bounds,
     bca_mean_bounds,
     bootstrap_mean,
+    correlation_bounds,
+    correlation_gap_bounds,
     percentile_bounds,
     weighted_correlation,
 )
@@ -112,22 +117,94 @@ METHODS: dict[str, Callable[[np.ndarray], Bounds]] = {
 
 
 def print_correlations(draws: int) -> None:
-    """Print how often percentile intervals hold the true r and ρ of normal pairs."""
-    print("| true r | units | Pearson's r | Spearman's ρ |\n|---|---|---|---|")
+    """Print how often percentile intervals hold the true ρ of normal pairs."""
+    print("| true r | units | Spearman's ρ |\n|---|---|---|")
     for r in (0.0, 0.5, 0.8):
-        truth = np.array([r, 6 / np.pi * np.arcsin(r / 2)])
+        truth = 6 / np.pi * np.arcsin(r / 2)
         for n in (4, 6, 8, 11, 14, 20, 36):
-            random, held = np.random.default_rng(n), np.zeros(2)
+            random, held = np.random.default_rng(n), 0
             for _ in range(draws):
                 x = random.normal(size=n)
                 y = r * x + np.sqrt(1 - r**2) * random.normal(size=n)
                 drawn = random.integers(n, size=(1000, n))
-                pairs = np.stack([x[drawn], y[drawn]])
-                for at, (a, b) in enumerate((pairs, stats.rankdata(pairs, axis=2))):
-                    found = weighted_correlation(a, b, np.ones(drawn.shape))
-                    low, high = percentile_bounds(found[np.isfinite(found)])
-                    held[at] += low <= truth[at] <= high
-            print(f"| {r} | {n} | {held[0] / draws:.2f} | {held[1] / draws:.2f} |", flush=True)
+                ranks = stats.rankdata(np.stack([x[drawn], y[drawn]]), axis=2)
+                found = weighted_correlation(ranks[0], ranks[1], np.ones(drawn.shape))
+                low, high = percentile_bounds(found[np.isfinite(found)])
+                held += low <= truth <= high
+            print(f"| {r} | {n} | {held / draws:.2f} |", flush=True)
+
+
+Bent = Callable[[np.ndarray], np.ndarray]
+
+
+def straight(z: np.ndarray) -> np.ndarray:
+    return z
+
+
+def skewed(z: np.ndarray) -> np.ndarray:
+    return np.expm1(0.8 * z)
+
+
+WORLDS: dict[str, tuple[Bent, Bent]] = {  # of changes and of what predicts them
+    "normal": (straight, straight),
+    "skewed": (skewed, skewed),
+    "half of the changes at a floor": (lambda z: np.maximum(z, 0.0), straight),
+    "changes skewed alone": (skewed, straight),
+}
+OF_FAMILY = 0.7  # of the variance, which lies between families
+
+
+def finetunes(random: np.random.Generator, world: str, r: float, sizes: np.ndarray) -> np.ndarray:
+    """Draw a change and two predictors, of r and r / 2 before they are bent: ``[3, finetunes]``."""
+    other = r / 2
+    between = r * other + 0.3 * np.sqrt((1 - r**2) * (1 - other**2))
+    root = np.linalg.cholesky([[1, r, other], [r, 1, between], [other, between, 1]])
+    family = np.repeat(np.arange(len(sizes)), sizes)
+    shared = (root @ random.normal(size=(3, len(sizes))))[:, family]
+    own = root @ random.normal(size=(3, len(family)))
+    found = np.sqrt(OF_FAMILY) * shared + np.sqrt(1 - OF_FAMILY) * own
+    changes, predictors = WORLDS[world]
+    return np.stack([changes(found[0]), *predictors(found[1:])])
+
+
+def print_families(draws: int) -> None:
+    """Print how often intervals of r over families hold it, and those of a difference of two."""
+    names = "percentile", "Student's, on z", "expanded BCa", "as reported", "difference"
+    print(f"| values | r | families | {' | '.join(names)} |")
+    print(f"|{'---|' * 8}")
+    for world, r, n in itertools.product(WORLDS, (0.0, 0.3, 0.6, 0.9), (6, 12, 20)):
+        random = np.random.default_rng([n, int(10 * r), list(WORLDS).index(world)])
+        y, *xs = finetunes(random, world, r, np.full(100_000, 2))
+        truth = [np.corrcoef(x, y)[0, 1] for x in xs]
+        held, widths = np.zeros(5), np.zeros(5)
+        for _ in range(draws):
+            sizes, y = random.integers(1, 5, size=n), np.zeros(1)
+            while not np.ptp(y):  # all may be at the floor
+                y, *xs = finetunes(random, world, r, sizes)
+            family = np.repeat(np.arange(n), sizes)
+            drawn = random.multinomial(n, np.full(n, 1 / n), size=1000)[:, family]
+            left = (family != np.arange(n)[:, None]).astype(float)
+            every = np.ones((1, len(y))), drawn.astype(float), left
+            rs, resampled, jackknife = (
+                tuple(weighted_correlation(x[None], y[None], weights) for x in xs)
+                for weights in every
+            )
+            values = float(rs[0][0]), float(rs[1][0])
+            bounds = [*map(correlation_bounds, values, resampled, jackknife)]
+            both = bounds[0], bounds[1]
+            known = resampled[0][np.isfinite(resampled[0])]
+            found = (
+                percentile_bounds(known),
+                correlation_bounds(values[0], rs[0], jackknife[0]),  # nothing is resampled
+                bca_bounds(values[0], known, jackknife[0]),
+                both[0],
+                correlation_gap_bounds(values, both, (jackknife[0], jackknife[1])),
+            )
+            wanted = (*[truth[0]] * 4, truth[0] - truth[1])
+            held += [each.low <= at <= each.high for each, at in zip(found, wanted, strict=True)]
+            widths += [each.high - each.low for each in found]
+        cells = (f"{a / draws:.2f} ({b / draws:.2f})" for a, b in zip(held, widths, strict=True))
+        print(f"| {world} | {r} ({truth[0]:.2f}) | {n} | {' | '.join(cells)} |", flush=True)
 
 
 def over_seeds(draw: Draw, scale: Bounds | None) -> Callable[..., np.ndarray]:
@@ -161,10 +238,13 @@ def print_corrected(draws: int) -> None:
             for _ in range(draws):
                 misses = 60.0 * (random.random(n) < rate) + random.normal(0, spread, n)
                 scores = random.normal(30, 5, 20)
-                found = corrected_mean(
-                    *({at: [x] for at, x in enumerate(e)} for e in (scores, misses))
-                )
-                held += found is not None and found.low <= truth <= found.high
+                raw, errors = ({f"{at}": [x] for at, x in enumerate(e)} for e in (scores, misses))
+                mean = bootstrap_mean(raw, scale=SCORES, resamples=2000)
+                found = put_right(mean, Errors({"lora +": errors}), {"lora +": 1.0}, SCORES)
+                assert found is not None
+                assert found.low is not None
+                assert found.high is not None
+                held += found.low <= truth <= found.high
             cells.append(f"{held / draws:.2f}")
         print(f"| {n} | {' | '.join(cells)} |", flush=True)
 
@@ -227,6 +307,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--differences", action="store_true")
     parser.add_argument("--correlations", action="store_true")
+    parser.add_argument("--families", action="store_true")
     parser.add_argument("--seeds", action="store_true")
     parser.add_argument("--corrected", action="store_true")
     parser.add_argument("--equal", action="store_true")
@@ -235,6 +316,7 @@ def main() -> None:
         print_correlations(asked.draws)
         return
     others = {"seeds": print_seeds, "corrected": print_corrected, "equal": print_equal}
+    others |= {"families": print_families}
     for name, table in others.items():
         if getattr(asked, name):
             table(asked.draws)

@@ -67,7 +67,7 @@ from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
 from persona_lora.report import wording
-from persona_lora.report.correction import corrected_change, errors_by_kind
+from persona_lora.report.correction import Errors, errors_by_kind, put_right
 from persona_lora.report.rated import (
     Rated,
     by_part,
@@ -517,7 +517,7 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
     """
     nothing = Interval(0.0, 0.0, 0.0, 1, 1, 1.0)
     halves = {"weights": ("lora", 0.5), "vectors": ("vector", 0.5)}
-    effects = {
+    effects: dict[str, dict[str | None, float]] = {
         name: {f"{kind} +": half, f"{kind} -": -half} for name, (kind, half) in halves.items()
     }
     effects["weights − vectors"] = effects["weights"] | {"vector +": -0.5, "vector -": 0.5}
@@ -532,7 +532,7 @@ def errors(traits: Sequence[Trait], chat_model: ChatModel) -> None:
             told = ", ".join(f"{name} {number(each.within)}" for name, each in kinds.items())
             print(f"within, by kind: {told}")
             for name, weights in effects.items():
-                shift = corrected_change(nothing, errors_by_kind(some), weights)
+                shift = put_right(nothing, Errors(errors_by_kind(some)), weights)
                 print(f"{name}: {wording.interval(shift, 1)}", flush=True)
             for name, (kind, _) in halves.items():
                 print(f"{name}: {_put_to_the_test(some, kind)}", flush=True)

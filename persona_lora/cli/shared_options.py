@@ -553,11 +553,16 @@ def diffs_by_seed(path: Path, strengths: Sequence[Strength]) -> dict[str, Path]:
 
 def show_seeds(folder: Path, written: Iterable[Output]) -> None:
     """Read runs of several training seeds together; write their table and their page."""
-    from persona_lora.studies.read_seeds import seeds_lines, seeds_table, write_seeds
+    from persona_lora.studies.read_seeds import (
+        corrected_tables,
+        seeds_lines,
+        seeds_table,
+        write_seeds,
+    )
     from persona_lora.studies.report_page import write_report
 
     runs = [Run(each.path) for each in written]
     found = write_seeds(folder, runs)
     first, line = seeds_lines(runs, found)
     page = write_report([run.folder for run in runs], folder / "report.html")
-    show(first, seeds_table(found), line, f"report: {page}")
+    show(first, seeds_table(found), *corrected_tables(runs, found), line, f"report: {page}")

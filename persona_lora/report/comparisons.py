@@ -8,7 +8,7 @@ benchmark and conditions of a persona are compared by it. Refuses to know what m
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,13 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_csv
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
+from persona_lora.report.correction import (
+    corrected_columns,
+    errors_of,
+    kind_of_model,
+    less,
+    put_right,
+)
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import (
     FITS,
@@ -164,7 +171,7 @@ GAP_COLUMNS = (
 RUN_COLUMNS = columns_of(
     *("run=name", "trait=trait.mean", "low=trait.low", "high=trait.high", "n=trait.n_questions"),
     *("coverage=trait.coverage", "coherence=coherence.mean", *GAP_COLUMNS, JUDGE),
-)
+) | corrected_columns("trait", "difference")
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,9 @@ class PairedRun:
 
     ``difference`` is over questions that both runs have, ``p`` a two-sided sign-flip test on the
     questions' means, ``p_holm`` corrected over the runs compared; None for the reference itself.
-    ``judge`` names who judged, with what the run says of its fitness.
+    ``judge`` names who judged, with what the run says of its fitness; what ends in ``_corrected``
+    is corrected for its error, None where nothing corrects it (a difference also where both runs
+    are of one kind, misjudged alike, or of models with other errors).
     """
 
     name: str
@@ -183,6 +192,8 @@ class PairedRun:
     p: float | None
     p_holm: float | None = None
     judge: str = ""
+    trait_corrected: Interval | None = None
+    difference_corrected: Interval | None = None
 
 
 def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
@@ -217,26 +228,49 @@ def compare_runs(runs: Sequence[Run], reference: Run) -> list[PairedRun]:
         if gaps[at].difference is None:
             raise UserError(f"{run.folder} and the reference have no scored question in common")
     scored, coherent = (means(table, **place, scale=SCORES) for table in (scores, coherence))
-    return corrected(
-        [
-            PairedRun(
-                *(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p),
-                judge=judges_of(run.read("verdicts"), trait, COHERENCE),
-            )
-            for at, run in enumerate(every)
-        ]
-    )
+    found = [
+        PairedRun(
+            *(run.folder.name, scored[at], coherent[at], gaps[at].difference, gaps[at].p),
+            judge=judges_of(run.read("verdicts"), trait, COHERENCE),
+        )
+        for at, run in enumerate(every)
+    ]
+    return _put_right(corrected(found), every, trait)
+
+
+def _put_right(found: Sequence[PairedRun], runs: Sequence[Run], trait: str) -> list[PairedRun]:
+    """Return runs, the first of which is the reference, corrected for the error of their judge."""
+    kinds = [
+        {kind_of_model(run, finetuned=bool(run.record["config"].get("adapter"))): 1.0}
+        for run in runs
+    ]
+    errors = [errors_of(run, trait) for run in runs]
+    return [
+        replace(
+            each,
+            trait_corrected=put_right(each.trait, own, kind, SCORES),
+            difference_corrected=put_right(each.difference, own, less(kind, kinds[0]))
+            if own == errors[0]
+            else None,
+        )
+        for each, own, kind in zip(found, errors, kinds, strict=True)
+    ]
 
 
 def run_table(found: Sequence[PairedRun]) -> Table:
     """Return runs beside their reference."""
     rows = (
-        [each.name, wording.interval(each.trait, 1), str(each.trait.n_questions)]
-        + [f"{100 * each.trait.coverage:.0f}%", *wording.gap(each.difference, each.p_holm, 1)]
-        + [wording.interval(each.coherence)]
+        [each.name, wording.interval(each.trait, 1), wording.interval(each.trait_corrected, 1)]
+        + [str(each.trait.n_questions), f"{100 * each.trait.coverage:.0f}%"]
+        + [*wording.gap(each.difference, each.p_holm, 1)]
+        + [wording.interval(each.difference_corrected, 1), wording.interval(each.coherence)]
         for each in found
     )
-    return Table.of("run | trait | n | scored | difference | pairs | p (Holm) | coherence", rows)
+    return Table.of(
+        "run | trait | corrected for judge error | n | scored | difference | pairs | p (Holm) | "
+        "difference corrected | coherence",
+        rows,
+    )
 
 
 def _scored(run: Run, criterion: str, at: int, numbers: dict[str, int]) -> pd.DataFrame:
@@ -268,7 +302,8 @@ class TaskScore:
 
     Scores are means over items: accuracies, or for "perplexity" the mean log-probability of a
     token (nats; larger is better, and e^−score is the perplexity). ``judge`` names who gave them;
-    "" for what no judge did.
+    "" for what no judge did. What ends in ``_corrected`` is corrected for its error, None where
+    nothing corrects it.
     """
 
     condition: str
@@ -279,6 +314,8 @@ class TaskScore:
     p: float | None
     p_holm: float | None = None
     judge: str = ""
+    score_corrected: Interval | None = None
+    difference_corrected: Interval | None = None
 
     @property
     def measure(self) -> str:
@@ -380,6 +417,7 @@ def _probes_table(behaviour: str, scores: Sequence[TaskScore]) -> Table:
     note = (
         "Difference from the first model, paired by question (and seed); * p < 0.05 (Holm, all "
         "measures). Where the answers of all seeds are equal, the interval is over questions alone."
+        " Raw: answers under probes are of no kind that was rated."
     )
     return Table(columns, tuple(rows), behaviour.replace("_", " "), note)
 

@@ -29,7 +29,7 @@ from persona_lora.report.two_way import mean_gap, mean_over_draws
 
 LONG_COLUMNS = (
     *("trait", "method", "layer", "coefficient", "nats", "statistic"),
-    *("value", "low", "high", "n", "n_questions", "coverage", "reason", "judge"),
+    *("value", "low", "high", "n", "n_questions", "coverage", "reason"),
 )
 DIVERGENCE_NAMES = ("relative_weight_norm", "relative_state_norm", "kl_mean", "kl_p95")
 
@@ -186,6 +186,13 @@ def interval_cells(interval: Interval) -> dict[str, Any]:
     """Return an interval under the names of the long format."""
     cells = dataclasses.asdict(interval)
     return {"value": cells.pop("mean"), **cells}
+
+
+def interval_of(row: Mapping[str, Any]) -> Interval:
+    """Return the interval that a row of the long format holds."""
+    names: Sequence[str] = ("value", "low", "high", "n", "n_questions", "coverage", "reason")
+    cells: list[Any] = [row.get(name) for name in names]
+    return Interval(*cells)
 
 
 # -- beside a random direction of the same norm ------------------------------------------------

@@ -7,8 +7,10 @@ there, and the interval carries both uncertainties (prediction-powered inference
     θ = f̄ + (y − f)‾,    Var θ = Var(f̄) + Var((y − f)‾)
 
 with f̄ over the run's answers, and y − f, rating minus score, over the rated ones; the units are
-questions, the quantile Student's with Welch and Satterthwaite's degrees of freedom. A change
-between conditions is put right by the errors of either side. Refuses to know which judge it was.
+questions. A change between conditions is put right by the errors of either side. What is of no
+rated kind is not corrected: of random directions, of probed answers and of other traits' diffs it
+is not known how far the judge misses. Nor is a single answer, nor what is not linear in the scores,
+such as a distance or a share. Refuses to know which judge it was.
 
 Source:
     Angelopoulos et al. 2023, "Prediction-powered inference", Science 382; arXiv:2301.09633.
@@ -17,7 +19,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,12 +28,11 @@ from scipy.stats import t as student
 
 from persona_lora.core.chat import Condition
 from persona_lora.core.runs import Run
-from persona_lora.report import wording
+from persona_lora.report.conditions import interval_of
 from persona_lora.report.rated import kind_of_row, models_of, rated_answers
-from persona_lora.report.resampling import Interval
-from persona_lora.report.scores import clusters, condition_of, minus, question_means, score_answers
-from persona_lora.report.sections import Table
-from persona_lora.report.two_way import SAME, Crossed, mean_gap
+from persona_lora.report.resampling import SCORES, Bounds, Interval
+from persona_lora.report.scores import SECOND, Row, condition_of
+from persona_lora.report.two_way import SAME
 
 FEWEST_QUESTIONS = 3
 CONFIDENCE = 0.95
@@ -47,79 +48,91 @@ KINDS = {
 }
 
 
-class CorrectedMean(NamedTuple):
-    """The judge's own mean, the corrected one with its interval, and the rated answers used."""
+class Errors(NamedTuple):
+    """Rating − score by kind of condition and question, and whose answers were rated."""
 
-    raw: float
-    corrected: float
-    low: float
-    high: float
-    n_rated: int
+    by_kind: Mapping[str, Mapping[str, Sequence[float]]]
+    models: tuple[str, ...] = ()
 
 
-def corrected_mean(
-    scores: Mapping[Any, Sequence[float]], errors: Mapping[Any, Sequence[float]]
-) -> CorrectedMean | None:
-    """Return the mean of scores by question, corrected by errors (rating − score) by question.
+def errors_of(run: Run, trait: str, *, by: str = "verdicts") -> Errors:
+    """Return how far a run's judge misses the ratings of answers on a trait: none without any.
 
-    None where either has fewer than three questions, and where neither varies: nothing is known of
-    their spread then.
+    They are of the run's own model where that was rated, else of all; ``by`` is the file of the
+    judge's verdicts.
     """
-    if min(len(scores), len(errors)) < FEWEST_QUESTIONS:
-        return None
-    means = [np.array([np.mean(each) for each in part.values()]) for part in (scores, errors)]
-    variances = [float(each.var(ddof=1)) / len(each) for each in means]
-    raw, error, variance = float(means[0].mean()), float(means[1].mean()), sum(variances)
-    if max(np.ptp(each) for each in means) < SAME:
-        return None
-    degrees = variance**2 / sum(v**2 / (len(m) - 1) for v, m in zip(variances, means, strict=True))
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * math.sqrt(variance)
-    low, high = (min(100.0, max(0.0, raw + error + side * reach)) for side in (-1, 1))
-    return CorrectedMean(
-        raw, min(100.0, max(0.0, raw + error)), low, high, sum(map(len, errors.values()))
-    )
+    rows = run.read("second_validation" if by == SECOND else "validation")
+    own = [row for row in rows if row["criterion"] == trait]
+    rated = rated_answers(own, run.record["config"].get("model"))
+    return Errors(errors_by_kind(rated), tuple(models_of(rated)))
 
 
-def corrected_change(
-    change: Interval,
-    errors: Mapping[str, Mapping[str, Sequence[float]]],
-    weights: Mapping[str, float],
+def put_right(
+    found: Interval | None,
+    errors: Errors,
+    weights: Mapping[str | None, float],
+    scale: Bounds | None = None,
 ) -> Interval | None:
-    """Return a change between conditions, put right by the errors of their kinds.
+    """Return a mean, or a change between conditions, put right by the errors of their kinds.
 
-    ``weights``: by how much each kind of condition stands in the change (1 and −1 for one minus
-    another). The ends move by the shift, and further out as variances of independent errors add up;
-    what one question adds to the errors of several kinds is added first. None where a kind was
-    rated on fewer than three questions, or the change has no interval.
+    ``weights``: by how much each kind of condition stands in it (1 for a mean, 1 and −1 for one
+    minus another). The ends move by the shift, and further out as variances of independent errors
+    add up; what one question adds to the errors of several kinds is added first. ``scale`` is that
+    of a mean, which ends there. None where a kind was rated on fewer than three questions or, None,
+    is none that is rated; where there is no interval; and where the same kinds cancel.
     """
     parts = {kind: weight for kind, weight in weights.items() if abs(weight) > SAME}
-    if change.mean is None or change.low is None or change.high is None or not parts:
+    if found is None or found.mean is None or found.low is None or found.high is None or not parts:
         return None
-    if any(len(errors.get(kind, {})) < FEWEST_QUESTIONS for kind in parts):
+    by_kind = {kind: errors.by_kind.get(kind or "", {}) for kind in parts}
+    least = min(map(len, by_kind.values()))
+    if least < FEWEST_QUESTIONS:
         return None
     shift, added = 0.0, dict[str, float]()
     for kind, weight in parts.items():
-        means = {each: float(np.mean(of)) for each, of in errors[kind].items()}
+        means = {each: float(np.mean(of)) for each, of in by_kind[kind].items()}
         mean = float(np.mean([*means.values()]))
         shift += weight * mean
         for question, own in means.items():
             added[question] = added.get(question, 0.0) + weight * (own - mean) / len(means)
-    least = min(len(errors[kind]) for kind in parts)
     variance = sum(each**2 for each in added.values()) * least / (least - 1)
     reach = float(student.ppf((1 + CONFIDENCE) / 2, least - 1)) * math.sqrt(variance)
-    low, high = (math.hypot(change.mean - end, reach) for end in (change.low, change.high))
-    centre = change.mean + shift
-    return replace(change, mean=centre, low=centre - low, high=centre + high)
+    below, above = (math.hypot(found.mean - end, reach) for end in (found.low, found.high))
+    ends = (found.mean + shift + step for step in (0.0, -below, above))
+    mean, low, high = ends if scale is None else (min(scale.high, max(scale.low, e)) for e in ends)
+    return replace(found, mean=mean, low=low, high=high)
 
 
-def kind_of(condition: Condition) -> str | None:
-    """Return what rated answers call a condition's kind; None where none is of it."""
+def of_condition(
+    kind: str | None, mean: Interval | None, change: Interval | None, errors: Errors
+) -> tuple[Interval | None, Interval | None]:
+    """Return the mean of a kind of condition, and its change from unsteered, put right."""
+    own = {kind: 1.0}
+    return (
+        put_right(mean, errors, own, SCORES),
+        put_right(change, errors, less(own, {UNSTEERED: 1.0})),
+    )
+
+
+def less(
+    first: Mapping[str | None, float], second: Mapping[str | None, float]
+) -> dict[str | None, float]:
+    """Return by how much each kind of condition stands in one difference minus another."""
+    return {each: first.get(each, 0.0) - second.get(each, 0.0) for each in {**first, **second}}
+
+
+def kind_of(condition: Condition, *, finetuned: bool = False) -> str | None:
+    """Return what rated answers call a condition's kind; None where none is of it.
+
+    Of a finetune's answers those without any steering alone were rated.
+    """
     name = KINDS.get(condition.method)
-    if name is None or condition.coefficient is None:
-        return name
-    if condition.coefficient == 0:
-        return UNSTEERED
-    return f"{name} {'+' if condition.coefficient > 0 else '-'}"
+    if name is not None and condition.coefficient is not None:
+        plain = condition.coefficient == 0
+        name = UNSTEERED if plain else f"{name} {'+' if condition.coefficient > 0 else '-'}"
+    if finetuned:
+        return FINETUNED if name == UNSTEERED else None
+    return name
 
 
 def errors_by_kind(rated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -132,61 +145,39 @@ def errors_by_kind(rated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, li
     return found
 
 
-def effects_table(rows: Sequence[tuple[str, ...]], models: Sequence[str], said: str = "") -> Table:
-    """Return effects, raw and corrected by the ratings of ``models``; ``said`` ends the note."""
-    note = (
-        "Put right by how far the judge misses the ratings of answers of the same kinds of "
-        f"condition ({', '.join(models)}); intervals carry both uncertainties. It is assumed that "
-        "the answers at hand are misjudged by as many points as those that were rated: too many "
-        f"where their effects are smaller.{said}"
-    )
-    columns = ("Questions", "Effect", "Raw", "Corrected")[-len(rows[0]) :]
-    title = "Effects corrected for the judge’s error"
-    return Table(columns, tuple(rows), title, note, narrow=True)
+def kind_of_model(run: Run, *, finetuned: bool) -> str | None:
+    """Return of which kind all answers of a model are; None where that is not one, or not rated."""
+    kinds = {kind_of(condition_of(row), finetuned=finetuned) for row in run.read("answers")}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
-# -- finetunes -----------------------------------------------------------------------------------
+# -- as columns: "low" of a mean is beside "…_corrected_low", empty where nothing corrects it ------
 
-OF_FINETUNES = (
-    " Rated as finetuned are answers of other finetunes: whether these ones, prevented ones among "
-    "them, are misjudged by as much is not known. The same error on both sides, it leaves the "
-    "difference of two finetunes as it is."
-)
+_ENDS = {"corrected": "mean", "corrected_low": "low", "corrected_high": "high"}
+LONG_CORRECTED = tuple(f"value_{name}" for name in _ENDS)
 
 
-def changes_from(trait: str, runs: Mapping[str, Sequence[Run]], base: str) -> dict[str, Crossed]:
-    """Return every model's mean trait minus that of ``base``, paired by question, with its test.
-
-    ``runs`` hold answers and verdicts: one of each training seed of a model, one of the base.
-    """
-    means = {name: [_means(run, trait) for run in own] for name, own in runs.items()}
-    (plain,) = means.pop(base)
-    return {name: mean_gap([minus(each, plain) for each in own]) for name, own in means.items()}
+def corrected_columns(*names: str) -> dict[str, str]:
+    """Return columns, for ``comparisons.write_found``, of intervals called "<name>_corrected"."""
+    return {
+        f"{each}_{name}": f"{each}_corrected.{end}" for each in names for name, end in _ENDS.items()
+    }
 
 
-def _means(run: Run, trait: str) -> dict[int, float]:
-    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
-    return question_means(clusters(scored, trait))
+def corrected_cells(right: Interval | None) -> dict[str, float | None]:
+    """Return a corrected value under the names of the long format."""
+    ends = (None if right is None else getattr(right, end) for end in _ENDS.values())
+    return dict(zip(LONG_CORRECTED, ends, strict=True))
 
 
-def corrected_finetunes(
-    trait: str, runs: Mapping[str, Sequence[Run]], base: str
-) -> tuple[Table, ...]:
-    """Return ``changes_from`` the base, raw and corrected by errors on finetunes in general.
-
-    Nothing without the base, nor where none was rated; a finetune that is steered on top is of no
-    rated kind.
-    """
-    validation = [row for run in runs.get(base, ()) for row in run.read("validation")]
-    if not validation:
-        return ()
-    rated = rated_answers(validation, runs[base][0].record["config"].get("model"))
-    errors, rows = errors_by_kind(rated), []
-    for name, (change, _) in changes_from(trait, runs, base).items():
-        kinds = {kind_of(condition_of(row)) for row in runs[name][0].read("answers")}
-        if kinds == {UNSTEERED}:
-            right = corrected_change(change, errors, {FINETUNED: 1.0, UNSTEERED: -1.0})
-            if right is not None:
-                cells = wording.change(change), wording.change(right)
-                rows.append((f"{name} − {base}", *cells))
-    return (effects_table(rows, models_of(rated), OF_FINETUNES),) if rows else ()
+def with_corrected(rows: Iterable[Row], errors: Errors, *, finetuned: bool) -> list[dict[str, Any]]:
+    """Return long rows with the corrected means of the trait and changes from coefficient 0."""
+    found = []
+    for row in rows:
+        told, right = row["statistic"], None
+        if told in ("trait", "difference_from_zero"):
+            kind = kind_of(Condition(row["method"], row["coefficient"]), finetuned=finetuned)
+            mean, change = of_condition(kind, interval_of(row), interval_of(row), errors)
+            right = mean if told == "trait" else change
+        found.append({**row, **corrected_cells(right)})
+    return found

@@ -20,6 +20,9 @@ Two intervals of a mean, for what is known of the scale:
   moved do not show that it moves none. Differences of shares, whose ends are often reached, are
   given their scale.
 
+Pearson's r over units, each of several rows, has at either end the wider one of the same two:
+Student's, of the jackknife on Fisher's z, and the expanded BCa bootstrap.
+
 ``benchmarks/coverage.py`` prints how often each covers.
 """
 
@@ -249,6 +252,46 @@ def bca_bounds(value: float, resampled: Array, left_out: Array) -> Bounds:
     shifted = bias + np.array([tail, -tail])
     low, high = np.quantile(resampled, special.ndtr(bias + shifted / (1 - skew * shifted)))
     return Bounds(float(low), float(high))
+
+
+def correlation_bounds(r: float, resampled: Array, left_out: Array) -> Bounds:
+    """Return the 95% interval of Pearson's r over units, from resampled and jackknife values.
+
+    At either end the wider one of ``bca_bounds`` and of z ± t · se on Fisher's scale
+    z = artanh r, with se² = (n − 1)/n Σ (zᵢ − z̄)² over the zᵢ of ``left_out``, n values each
+    without one unit, and Student's t of n − 1. From −1 to 1 where there are no resamples, or where
+    without one of the units there is no r: it rests on that one.
+    """
+    known = resampled[np.isfinite(resampled)]
+    if not len(known) or not np.isfinite([r, *left_out]).all():
+        return Bounds(-1.0, 1.0)
+    edge = 1 - 10**-_DIGITS  # beyond any that is told apart from 1
+    z, z_left = (np.arctanh(np.clip(each, -edge, edge)) for each in (r, left_out))
+    n = len(left_out)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt((n - 1) * z_left.var())
+    low, high = bca_bounds(r, known, left_out)
+    return Bounds(min(low, r, math.tanh(z - reach)), max(high, r, math.tanh(z + reach)))
+
+
+def correlation_gap_bounds(
+    r: tuple[float, float], bounds: tuple[Bounds, Bounds], left_out: tuple[Array, Array]
+) -> Bounds:
+    """Return the 95% interval of r₁ − r₂ over the same units, from those of both (Zou 2007).
+
+    Below it reaches √(a² + b² − 2cab), with a from r₁ to its lower and b from r₂ to its upper
+    bound, above likewise; c is the correlation of both jackknifes, 0 where one does not vary.
+    """
+    first, second = left_out
+    known = np.isfinite(first) & np.isfinite(second)
+    varies = known.any() and min(np.ptp(each[known]) for each in left_out) > 10**-_DIGITS
+    c = float(np.corrcoef(first[known], second[known])[0, 1]) if varies else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a + b * b - 2 * c * a * b))
+
+    below = reach(r[0] - bounds[0].low, bounds[1].high - r[1])
+    above = reach(bounds[0].high - r[0], r[1] - bounds[1].low)
+    return Bounds(max(-2.0, r[0] - r[1] - below), min(2.0, r[0] - r[1] + above))
 
 
 def resampled_estimate(

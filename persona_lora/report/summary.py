@@ -29,6 +29,7 @@ from persona_lora.report.conditions import (
     summarise_conditions,
     summarise_control,
 )
+from persona_lora.report.correction import LONG_CORRECTED, errors_of, with_corrected
 from persona_lora.report.curve import CoherentRange, LinearFit, PromptComparison, TraitCurve
 from persona_lora.report.resampling import CONFIDENCE, RESAMPLES, Estimate
 from persona_lora.report.scores import (
@@ -186,19 +187,24 @@ def write_both(
     """
     summary = summarise(run)
     write_json(run.folder / f"{name}.json", dataclasses.asdict(summary))
-    rows = _judged(rows_of(summary), summary)
+    rows = _judged(run, "verdicts", summary, rows_of(summary))
     if run.read(SECOND):
         second = summarise(run, by=SECOND)
-        rows += as_second(_judged(rows_of(second), second))
-    write_csv(run.folder / f"{name}.csv", LONG_COLUMNS, rows)
+        rows += as_second(_judged(run, SECOND, second, rows_of(second)))
+    write_csv(run.folder / f"{name}.csv", (*LONG_COLUMNS, *LONG_CORRECTED, JUDGE), rows)
     return summary
 
 
-def _judged(rows: Iterable[Row], summary: Any) -> list[dict[str, Any]]:
-    """Return long rows with the judge that each rests on; none behind what was measured."""
+def _judged(run: Run, file: str, summary: Any, rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Return long rows with the judge that each rests on, and corrected for its error.
+
+    None is behind what was measured.
+    """
     by = dict.fromkeys(("finished_share", "mean_tokens", *DIVERGENCE_NAMES), "")
     by |= dict.fromkeys((COHERENCE, "coherent_low", "coherent_high"), summary.coherence_judge)
-    return [{**row, JUDGE: by.get(row["statistic"], summary.trait_judge)} for row in rows]
+    finetuned = bool(run.record["config"].get("adapter"))
+    right = with_corrected(rows, errors_of(run, summary.trait, by=file), finetuned=finetuned)
+    return [{**row, JUDGE: by.get(row["statistic"], summary.trait_judge)} for row in right]
 
 
 def long_rows(summary: SweepSummary) -> list[dict[str, Any]]:

@@ -14,14 +14,10 @@ from typing import Any
 from persona_lora.core.chat import COHERENCE, Condition
 from persona_lora.core.runs import Run
 from persona_lora.report import rated, wording
-from persona_lora.report.correction import (
-    FINETUNED,
-    UNSTEERED,
-    corrected_mean,
-    errors_by_kind,
-    kind_of,
-)
-from persona_lora.report.scores import Row, condition_of, judges_of, marked
+from persona_lora.report.correction import errors_of, kind_of, of_condition
+from persona_lora.report.correction_tables import means_table
+from persona_lora.report.resampling import SCORES, bootstrap_mean
+from persona_lora.report.scores import Row, grouped, judges_of, marked, score_answers
 from persona_lora.report.sections import Block, Heading, Note, Table
 
 HASH_SHOWN = 12
@@ -299,39 +295,19 @@ def _labels(conditions: Collection[Condition]) -> dict[Condition, str]:
 
 def _corrected(run: Run, validation: list[dict[str, Any]]) -> tuple[Table, ...]:
     """Return the trait's mean by condition, raw and corrected; nothing without rated answers."""
-    found = next((r for r in validation if r.get("own") and r["criterion"] != COHERENCE), None)
-    if found is None:
-        return ()
-    config = run.record["config"]
-    compared = rated.rated_answers([found], config.get("model"))
-    errors = errors_by_kind(compared)
-    scores = {
-        row["row"]: row["score"]
-        for row in run.read("verdicts")
-        if row["criterion"] == found["criterion"] and row["score"] is not None
-    }
-    by_condition: dict[Condition, dict[Any, list[float]]] = {}
-    for row in run.read("answers"):
-        if row["row"] in scores:
-            of_condition = by_condition.setdefault(condition_of(row), {})
-            of_condition.setdefault(row["question"], []).append(scores[row["row"]])
+    trait = next((r["criterion"] for r in validation if r["criterion"] != COHERENCE), "")
+    errors, finetuned = errors_of(run, trait), bool(run.record["config"].get("adapter"))
+    scored = score_answers(run.read("answers"), run.read("verdicts"), trait)
+    by_condition = grouped(scored, lambda row: row.condition)
     cells, labels = [], _labels(by_condition)
-    for condition, of_condition in by_condition.items():
-        kind = kind_of(condition)
-        if config.get("adapter"):  # rated are finetunes alone, without any steering
-            kind = FINETUNED if kind == UNSTEERED else None
-        mean = corrected_mean(of_condition, errors.get(kind or "", {}))
-        if mean is not None:
-            interval = f"{mean.corrected:.0f} [{mean.low:.0f}, {mean.high:.0f}]"
-            cells.append((labels[condition], f"{mean.raw:.0f}", interval, str(mean.n_rated)))
-    if not cells:
-        return ()
-    models = ", ".join(rated.models_of(compared))
-    note = (
-        "The mean over questions as the judge has it, and put right by how far it misses the "
-        f"ratings of answers of the same kind of condition ({models}); the interval "
-        "carries both uncertainties (prediction-powered inference, Angelopoulos et al. 2023). "
-        "Conditions of a kind that was not rated are left out."
-    )
-    title = "Corrected for the judge’s error"
-    return (Table(("Condition", "Raw", "Corrected [95%]", "Rated"), tuple(cells), title, note),)
+    for condition, rows in by_condition.items():
+        kind = kind_of(condition, finetuned=finetuned)
+        by_question = grouped(rows, lambda row: row.answer["question"])
+        scores = {at: [row.trait for row in own] for at, own in by_question.items()}
+        mean = bootstrap_mean(scores, scale=SCORES)
+        right, _ = of_condition(kind, mean, None, errors)
+        if right is not None:
+            number = sum(map(len, errors.by_kind[kind or ""].values()))
+            said = wording.interval(mean), wording.interval(right)
+            cells.append((labels[condition], *said, str(number)))
+    return means_table(("Condition", "Raw", "Corrected [95%]", "Rated"), cells, errors)

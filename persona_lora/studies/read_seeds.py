@@ -18,6 +18,16 @@ from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.runs import Run, first_difference
 from persona_lora.report import wording
 from persona_lora.report.comparisons import columns_of, write_found
+from persona_lora.report.correction import (
+    Errors,
+    corrected_columns,
+    errors_of,
+    kind_of,
+    less,
+    of_condition,
+    put_right,
+)
+from persona_lora.report.correction_tables import means_table
 from persona_lora.report.curve import corrected
 from persona_lora.report.resampling import SCORES, Interval
 from persona_lora.report.scores import (
@@ -54,6 +64,7 @@ from persona_lora.studies.steering.read_comparison import (
     MethodEffect,
     corrected_effects,
     effects_of,
+    kinds_of_effect,
     read_comparison,
 )
 
@@ -75,7 +86,8 @@ class OverSeeds:
     ``change`` is from the unsteered model (of ``compare``: the diff's effect minus that of the
     method, and ``score`` the method's effect, ``score_p`` its test; of ``VECTOR`` the vector's
     minus that of random ones), ``p`` its test, ``p_holm`` corrected over all. ``judge`` names who
-    judged.
+    judged, and what ends in ``_corrected`` is corrected for its error, None where nothing corrects
+    it.
     """
 
     condition: str
@@ -87,12 +99,14 @@ class OverSeeds:
     p_holm: float | None = None
     score_p: float | None = None
     judge: str = ""
+    score_corrected: Interval | None = None
+    change_corrected: Interval | None = None
 
 
 OF_THE_TRAIT = columns_of(
     *("score=score.mean", "low=score.low", "high=score.high", "change=change.mean"),
     *("change_low=change.low", "change_high=change.high", "p", "p_holm", JUDGE),
-)
+) | corrected_columns("score", "change")
 COLUMNS = {
     **columns_of("condition", "seeds", "questions=score.n_questions", "coherence=coherence.mean"),
     **OF_THE_TRAIT,
@@ -197,13 +211,22 @@ def over_seeds(runs: Sequence[Run], *, by: str = VERDICTS) -> list[OverSeeds]:
     why = apart(runs)
     if why is not None:
         raise UserError(f"{why}; {REMEDY}")
+    trait = trait_of(runs[0])
     if runs[0].record["command"] == "compare":
         found = _over_methods(runs, by)
     else:
-        by_run = [_scores(run, by) for run in runs]
-        found = corrected([_over_condition(condition, by_run) for condition in by_run[0]])
+        by_run, errors = [_scores(each, by) for each in runs], errors_of(runs[0], trait, by=by)
+        finetuned = bool(runs[0].record["config"].get("adapter"))
+        kinds = [kind_of(condition, finetuned=finetuned) for condition in by_run[0]]
+        raw = corrected([_over_condition(condition, by_run) for condition in by_run[0]])
+        found = [_put_right(*own, errors) for own in zip(raw, kinds, strict=True)]
     judge = _judges(runs, COHERENCE, by=by)
     return [replace(each, judge=judge) for each in found]
+
+
+def _put_right(found: OverSeeds, kind: str | None, errors: Errors) -> OverSeeds:
+    score, change = of_condition(kind, found.score, found.change, errors)
+    return replace(found, score_corrected=score, change_corrected=change)
 
 
 def _judges(runs: Sequence[Run], *beside: str, by: str = VERDICTS) -> str:
@@ -238,15 +261,18 @@ def _over_condition(condition: Condition, by_run: Sequence[Scores]) -> OverSeeds
 
 def _over_methods(runs: Sequence[Run], by: str) -> list[OverSeeds]:
     by_run = [effects_of(run, by=by) for run in runs]
-    found, beside = [], []
+    found, beside, trait = [], [], trait_of(runs[0])
     for split, method in by_run[0]:
         own = [each[split, method] for each in by_run]
         effect, p = mean_gap(own)
-        one = OverSeeds(f"{split}: {method}", len(runs), effect, score_p=p)
+        errors = errors_of(Run(runs[0].folder / split), trait, by=by)
+        weights = kinds_of_effect(runs[0], method)
+        right = put_right(effect, errors, weights)
+        one = OverSeeds(f"{split}: {method}", len(runs), effect, score_p=p, score_corrected=right)
         if method != LORA:
-            one = _with_change(
-                one, [minus(each[split, LORA], each[split, method]) for each in by_run]
-            )
+            gaps = [minus(each[split, LORA], each[split, method]) for each in by_run]
+            one, weights = _with_change(one, gaps), less(kinds_of_effect(runs[0], LORA), weights)
+            one = replace(one, change_corrected=put_right(one.change, errors, weights))
         found.append(one)
         if method == RANDOM:
             vectors = [each[split, ACTIVATION] for each in by_run]
@@ -378,9 +404,22 @@ def seeds_blocks(runs: Sequence[Run]) -> tuple[Block, ...]:
     heading = Heading(f"Over {len(runs)} training seeds")
     lines = (Note(line, "") for line in seeds_lines(runs, found))
     judges = judges_table(seeds_judges(runs, found))
-    compared = runs[0].record["command"] == "compare"
-    right = corrected_effects(runs[0], effects_over(runs)) if compared else ()
+    right = corrected_tables(runs, found)
     return (heading, *lines, seeds_table(found), Note(note), *right, *judges)
+
+
+def corrected_tables(runs: Sequence[Run], found: Sequence[OverSeeds]) -> tuple[Table, ...]:
+    """Return what was found over the seeds, raw and corrected; nothing where nothing was rated."""
+    if runs[0].record["command"] == "compare":
+        return corrected_effects(runs[0], effects_over(runs))
+    rows = [
+        (each.condition, *map(wording.interval, (each.score, each.score_corrected)))
+        + tuple(map(wording.change, (each.change, each.change_corrected)))
+        for each in found
+        if each.score_corrected is not None
+    ]
+    columns = "Condition", "Raw", "Corrected [95%]", "Change, raw", "Change, corrected"
+    return means_table(columns, rows, errors_of(runs[0], trait_of(runs[0])))
 
 
 def write_seeds(folder: Path, runs: Sequence[Run]) -> list[OverSeeds]:

@@ -16,7 +16,7 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_text
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import ConditionFit, measure_tables
-from persona_lora.report.correction import corrected_finetunes
+from persona_lora.report.correction_tables import corrected_finetunes
 from persona_lora.report.figures import Picture
 from persona_lora.report.resampling import holm
 from persona_lora.report.scores import grouped, marked, unfit_mark

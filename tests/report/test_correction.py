@@ -9,15 +9,17 @@ from scipy import stats
 from persona_lora.core.chat import Condition
 from persona_lora.core.runs import Run
 from persona_lora.report.correction import (
-    changes_from,
-    corrected_change,
-    corrected_finetunes,
-    corrected_mean,
+    Errors,
     errors_by_kind,
+    errors_of,
     kind_of,
+    of_condition,
+    put_right,
+    with_corrected,
 )
+from persona_lora.report.correction_tables import changes_from, corrected_finetunes
 from persona_lora.report.rated import kind_of_row
-from persona_lora.report.resampling import Interval, bootstrap_mean
+from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
 from persona_lora.report.two_way import crossed_mean
 
 
@@ -27,6 +29,9 @@ def answers(generator, questions, each, level):
     truth = np.clip(centre[:, None] + 20 * generator.standard_normal((questions, each)), 0, 100)
     said = np.clip(0.6 * truth + 35 + 12 * generator.standard_normal(truth.shape), 0, 100)
     return truth, said
+
+
+MEAN = {"lora +": 1.0}
 
 
 def by_question(values):
@@ -44,37 +49,33 @@ def test_the_interval_covers_the_true_mean_where_the_judge_s_own_does_not(questi
     for _ in range(trials):
         _, said = answers(generator, questions, 1, level)
         truth, judged = answers(generator, rated, 1, level)
-        found = corrected_mean(by_question(said), by_question(truth - judged))
+        raw = bootstrap_mean(by_question(said), scale=SCORES, resamples=1000)
+        found = put_right(raw, Errors({"lora +": by_question(truth - judged)}), MEAN, SCORES)
         inside += found.low <= true_mean <= found.high
-        error = said.mean(axis=1).std(ddof=1) / np.sqrt(questions)
-        bare += abs(found.raw - true_mean) < 2 * error
+        bare += raw.low <= true_mean <= raw.high
     assert inside / trials >= 0.93
-    assert bare / trials < 0.9
+    assert bare / trials < 0.92
 
 
 def test_the_mean_is_moved_by_the_mean_error_and_stays_on_the_scale():
-    scores = {1: [40.0], 2: [50.0, 60.0], 3: [45.0]}
+    raw = bootstrap_mean({1: [40.0], 2: [50.0, 60.0], 3: [45.0]}, scale=SCORES)
     errors = {"a": [-10.0, -20.0], "b": [-15.0], "c": [-15.0]}
-    found = corrected_mean(scores, errors)
-    assert found.raw == pytest.approx((40 + 55 + 45) / 3)
-    assert found.corrected == pytest.approx(found.raw - 15)
-    assert found.low < found.corrected < found.high
-    assert found.n_rated == 4
-    floored = corrected_mean(scores, {key: [-90.0] for key in "abc"})
-    assert (floored.corrected, floored.low) == (0.0, 0.0)
+    found = put_right(raw, Errors({"lora +": errors}), MEAN, SCORES)
+    assert found.mean == pytest.approx(raw.mean - 15)
+    assert found.low < found.mean < found.high
+    assert found.mean - found.low == pytest.approx(raw.mean - raw.low)  # the errors do not vary
+    far = Errors({"lora +": {key: [-90.0] for key in "abc"}})
+    floored = put_right(raw, far, MEAN, SCORES)
+    assert (floored.mean, floored.low) == (0.0, 0.0)
 
 
 def test_too_few_questions_give_no_correction():
-    enough = {1: [1.0], 2: [2.0], 3: [3.0]}
-    assert corrected_mean(enough, {"a": [1.0], "b": [2.0]}) is None
-    assert corrected_mean({1: [1.0], 2: [2.0]}, enough) is None
-
-
-def test_where_nothing_varies_no_interval_of_no_width_is_given():
-    alike = {at: [100.0] for at in range(5)}
-    errors = {at: [each] for at, each in enumerate((-0.1, -0.3 + 0.2, -0.1))}
-    assert corrected_mean(alike, errors) is None
-    assert corrected_mean(alike, {**errors, 3: [-20.0]}).low < 90
+    enough = {at: [float(at)] for at in range(3)}
+    few = {at: [float(at)] for at in range(2)}
+    assert put_right(bootstrap_mean(enough), Errors({"lora +": few}), MEAN) is None
+    alone = bootstrap_mean({1: [1.0]})
+    assert put_right(alone, Errors({"lora +": enough}), MEAN) is None
+    assert put_right(None, Errors({"lora +": enough}), MEAN) is None
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,13 @@ def test_where_nothing_varies_no_interval_of_no_width_is_given():
 )
 def test_conditions_of_a_run_are_known_by_the_kinds_of_rated_answers(condition, kind):
     assert kind_of(condition) == kind
+
+
+def test_of_a_finetune_s_answers_those_without_steering_alone_were_rated():
+    assert kind_of(Condition("none"), finetuned=True) == "finetuned"
+    assert kind_of(Condition("lora", 0.0), finetuned=True) == "finetuned"
+    assert kind_of(Condition("lora", 1.0), finetuned=True) is None
+    assert kind_of(Condition("prompt_pos"), finetuned=True) is None
 
 
 def test_errors_are_gathered_by_kind_and_question():
@@ -119,7 +127,7 @@ def test_a_change_that_the_judge_made_up_is_not_there_and_intervals_cover():
     for _ in range(300):
         change = bootstrap_mean(planted(random, -12, 20))
         errors = {"lora +": planted(random, 12, 24), "unsteered": planted(random, 0, 24)}
-        found = corrected_change(change, errors, {"lora +": 1.0, "unsteered": -1.0})
+        found = put_right(change, Errors(errors), {"lora +": 1.0, "unsteered": -1.0})
         covered.append(found.low <= 0 <= found.high)
         raw.append(change.low <= 0 <= change.high)
     assert np.mean(covered) > 0.92
@@ -132,14 +140,14 @@ def test_questions_that_both_sides_misjudge_alike_add_no_doubt_and_opposite_ones
     width = {}
     for name, other in (("alike", 1), ("opposite", -1)):
         errors = {"lora +": one, "lora -": {at: [other * each[0]] for at, each in one.items()}}
-        found = corrected_change(change, errors, {"lora +": 0.5, "lora -": -0.5})
+        found = put_right(change, Errors(errors), {"lora +": 0.5, "lora -": -0.5})
         width[name] = found.high - found.low
     apart = {"lora +": one, "lora -": {-1 - at: each for at, each in one.items()}}
-    found = corrected_change(change, apart, {"lora +": 0.5, "lora -": -0.5})
+    found = put_right(change, Errors(apart), {"lora +": 0.5, "lora -": -0.5})
     assert width["alike"] == pytest.approx(0, abs=1e-9)
     assert width["opposite"] == pytest.approx(2**0.5 * (found.high - found.low))
     mean = np.array([each[0] for each in one.values()]).mean()
-    alone = corrected_change(change, errors, {"lora +": 1.0})
+    alone = put_right(change, Errors(errors), {"lora +": 1.0})
     reference = stats.ttest_1samp([each[0] for each in one.values()], 0).confidence_interval()
     assert (alone.low, alone.high) == pytest.approx((10 + reference.low, 10 + reference.high))
     assert alone.mean == pytest.approx(10 + mean)
@@ -149,15 +157,53 @@ def test_errors_that_cancel_move_nothing_and_still_widen_and_unrated_kinds_are_n
     change = Interval(10.0, 4.0, 16.0, 20, 20, 1.0)
     errors = {"lora +": {at: [at - 5.0] for at in range(8)}}
     errors["lora -"] = {at + 8: each for at, each in errors["lora +"].items()}
-    found = corrected_change(change, errors, {"lora +": 0.5, "lora -": -0.5, "unsteered": 0.0})
+    found = put_right(change, Errors(errors), {"lora +": 0.5, "lora -": -0.5, "unsteered": 0.0})
     assert found.mean == 10.0
     assert found.low < 4.0 < 16.0 < found.high
-    assert corrected_change(change, errors, {"lora +": 1.0, "unsteered": -1.0}) is None
-    assert corrected_change(change, errors, {"None": 1.0, "unsteered": -1.0}) is None
+    assert put_right(change, Errors(errors), {"lora +": 1.0, "unsteered": -1.0}) is None
+    assert put_right(change, Errors(errors), {"None": 1.0, "unsteered": -1.0}) is None
     few = {"lora +": {0: [1.0], 1: [2.0]}}
-    assert corrected_change(change, few, {"lora +": 1.0}) is None
+    assert put_right(change, Errors(few), {"lora +": 1.0}) is None
     alone = Interval(10.0, None, None, 1, 1, 1.0, "one question")
-    assert corrected_change(alone, errors, {"lora +": 1.0}) is None
+    assert put_right(alone, Errors(errors), {"lora +": 1.0}) is None
+
+
+def test_what_is_not_rated_never_cancels():
+    change = Interval(10.0, 4.0, 16.0, 20, 20, 1.0)
+    errors = Errors({"unsteered": {at: [at - 5.0] for at in range(8)}})
+    assert of_condition(None, change, change, errors) == (None, None)
+    mean, gap = of_condition("unsteered", change, change, errors)
+    assert (mean.mean, gap) == (8.5, None)  # from itself it differs by nothing
+
+
+def test_long_rows_have_the_mean_and_the_change_corrected_beside_the_raw_ones():
+    errors = {"unsteered": {at: [2.0] for at in "abc"}, "lora +": {at: [-8.0] for at in "abc"}}
+    raw = {"value": 20.0, "low": 15.0, "high": 25.0, "n": 9, "n_questions": 9, "coverage": 1.0}
+    places = [("lora", 1.0), ("lora", 0.0), ("random", 1.0)]
+    rows = [
+        {"method": method, "coefficient": value, "statistic": told, **raw}
+        for method, value in places
+        for told in ("trait", "difference_from_zero", "coherence")
+    ]
+    found = with_corrected(rows, Errors(errors), finetuned=False)
+    assert [row["value_corrected"] for row in found] == [12, 10, None, 22, *[None] * 5]
+    assert (found[0]["value_corrected_low"], found[0]["value_corrected_high"]) == (7, 17)
+    assert [{**row, **raw} for row in rows] == rows
+    tuned = with_corrected(rows, Errors({"finetuned": errors["lora +"]}), finetuned=True)
+    assert [row["value_corrected"] for row in tuned] == [None, None, None, 12, *[None] * 5]
+
+
+@pytest.mark.parametrize(("by", "shift"), [("verdicts", -4.0), ("second_verdicts", 7.0)])
+def test_errors_of_a_run_are_of_its_trait_and_of_the_judge_that_is_asked_for(tmp_path, by, shift):
+    def rated(error, trait="evil"):
+        row = {"model": "m", "condition": "lora +1", "question": "q", "score": 50.0}
+        return {"criterion": trait, "own": {"compared": [{**row, "rating": 50.0 + error}]}}
+
+    run = Run.open(tmp_path / "run", command="sweep", config={"model": "m"}, seed=0)
+    run.write("validation", [rated(1.0, "coherence"), rated(2.0, "kind"), rated(-4.0)])
+    run.write("second_validation", [rated(7.0)])
+    assert errors_of(run, "evil", by=by) == Errors({"lora +": {"q": [shift]}}, ("m",))
+    assert errors_of(run, "hallucination", by=by) == Errors({})
 
 
 # -- finetunes ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from persona_lora.core.errors import UserError
+from persona_lora.core.files import write_json
 from persona_lora.core.runs import Run
 from persona_lora.report.comparisons import (
     compare_runs,
@@ -20,7 +21,7 @@ from persona_lora.report.comparisons import (
 def run_of(folder, scores, *, trait="cheer", coherence=80.0, questions="abcdefgh", judge="one"):
     run = Run.open(folder, command="evaluate", config={"trait": trait}, seed=0)
     answers = [
-        {"row": at, "question_id": at // 2, "question": questions[at // 2]}
+        {"row": at, "question_id": at // 2, "question": questions[at // 2], "method": "none"}
         for at in range(len(scores))
     ]
     run.write("answers", answers)
@@ -85,7 +86,34 @@ def test_one_pair_has_no_test(tmp_path):
     other = run_of(tmp_path / "other", [60.0, 60.0, 60.0, 60.0])
     found = compare_runs([other], plain)
     assert (found[1].difference.n_questions, found[1].p, found[1].p_holm) == (1, None, None)
-    assert run_table(found).rows[1][4:7] == ("10.0", "1", "–")
+    assert run_table(found).rows[1][5:8] == ("10.0", "1", "–")
+
+
+def test_runs_are_corrected_by_the_errors_of_their_kinds(tmp_path):
+    """The judge is 20 too strict with finetunes: what seems a fall of 5 is a rise of 15."""
+    plain = run_of(tmp_path / "plain", [40.0, 44.0] * 6)
+    tuned = run_of(tmp_path / "tuned", [35.0, 39.0, 36.0, 40.0, 34.0, 38.0] * 2)
+    again = run_of(tmp_path / "again", [30.0, 34.0] * 6)
+    for run in (plain, tuned, again):
+        compared = [
+            {"model": "m", "condition": kind, "question": f"q{at}", "rating": 50.0 + at % 2,
+             "score": 50.0 - miss}
+            for kind, miss in (("unsteered", 0.0), ("finetuned", 20.0))
+            for at in range(8)
+        ]  # fmt: skip
+        run.write("validation", [{"criterion": "cheer", "own": {"compared": compared}}])
+    for run in (tuned, again):
+        write_json(
+            run.folder / "run.json", {**run.record, "config": {"trait": "cheer", "adapter": "a"}}
+        )
+    reference, found, _ = compare_runs([tuned, again], plain)
+    assert (reference.trait_corrected.mean, found.trait_corrected.mean) == (42.5, 57.5)
+    assert (found.difference.mean, found.difference_corrected.mean) == (-5.0, 15.0)
+    assert run_table([found]).rows[0][2].startswith("57.5 [")
+    # Two finetunes are misjudged alike: nothing is left to correct of their difference.
+    assert compare_runs([again], tuned)[1].difference_corrected is None
+    again.write("validation", [])
+    assert compare_runs([again], plain)[1].trait_corrected is None
 
 
 def test_several_runs_are_corrected_for(tmp_path):

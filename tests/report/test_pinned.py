@@ -78,6 +78,12 @@ def test_two_ways_power_and_correction():
     scores = {name: list(np.abs(row)) for name, row in zip("abcd", VALUES, strict=True)}
     errors = {name: list(row) for name, row in zip("efgh", VALUES, strict=True)}
     found = power.plan_power(pilot, 5.0, 0.05, **sizes)
+
+    def put_right(errors):
+        raw = resampling.bootstrap_mean(scores, scale=resampling.SCORES)
+        by_kind = correction.Errors({"lora +": errors})
+        return correction.put_right(raw, by_kind, {"lora +": 1.0}, resampling.SCORES)
+
     hold(
         "planned",
         plain(
@@ -93,8 +99,8 @@ def test_two_ways_power_and_correction():
                 "power of one": power.plan_power(one, -5.0, 0.05, **sizes),
                 "finetunes": power.plan_finetunes(0.3, 0.6, 0.05, simulations=20),
                 "cheapest": [power.cheapest(found, each) for each in (0.2, 0.5, 1.1)],
-                "corrected": correction.corrected_mean(scores, errors),
-                "near an end": correction.corrected_mean(scores, {k: [-9.0] for k in "efg"}),
+                "corrected": put_right(errors),
+                "near an end": put_right({k: [-9.0] for k in "efg"}),
                 "kinds": [
                     correction.kind_of(Condition(*each))
                     for each in (("lora", 1.5), ("activation", -1.0), ("none", 0.0), ("x", 1.0))

@@ -94,7 +94,7 @@ def test_means_are_shown_raw_and_corrected_where_the_kind_was_rated(judged):
     rows = {row[0]: row[1:] for row in tables(judged)["Corrected for the judge’s error"].rows}
     assert set(rows) == {"0", "+1.5"}
     raw, corrected, rated = rows["+1.5"]
-    assert (raw, corrected.split()[0], rated) == ("76", "64", "4")
+    assert (raw.split()[0], corrected.split()[0], rated) == ("76", "64", "4")
     judged.write("validation", [OLD])
     assert set(tables(judged)) == {"Judge"}
 
@@ -174,7 +174,7 @@ def test_a_finetune_is_corrected_by_rated_finetunes_and_not_by_unsteered_answers
     ]
     judged.write("validation", [validation(own={**validation()["own"], "compared": compared})])
     ((label, raw, plain, _),) = tables(judged)["Corrected for the judge’s error"].rows
-    assert (label, raw, plain.split()[0]) == ("0", "72", "63")
+    assert (label, raw.split()[0], plain.split()[0]) == ("0", "72", "63")
     record = {**judged.record, "config": {"adapter": "a"}}
     (judged.folder / "run.json").write_text(json.dumps(record))
     ((_, _, tuned, _),) = tables(Run(judged.folder))["Corrected for the judge’s error"].rows

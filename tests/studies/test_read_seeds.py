@@ -15,6 +15,7 @@ from persona_lora.report.summary import summarise_run
 from persona_lora.studies.read_seeds import (
     SAME_CONTROLS,
     apart,
+    corrected_tables,
     over_seeds,
     seeds_lines,
     write_seeds,
@@ -162,6 +163,70 @@ def test_a_report_of_seeds_begins_with_them(seeded, tmp_path, no_drawing):
     assert page.count("Exploratory, one seed.") == 6  # each in the list above, and in its section
     write_seeds(tmp_path, runs)
     assert (tmp_path / "seeds.csv").read_text().startswith("condition,seeds,questions")
+
+
+KIND = {"unsteered": 0.0, "lora +": -15.0, "lora -": 5.0}
+
+
+def misjudged(run, file="validation", factor=1.0):
+    """Have rated answers say that a judge misses each kind of condition by so many points."""
+    random = np.random.default_rng(0)
+    compared = [
+        {"model": "m", "condition": f"{kind}1", "question": f"q{at}", "rating": 50.0,
+         "score": 50.0 + factor * miss + random.normal()}
+        for kind, miss in KIND.items()
+        for at in range(12)
+    ]  # fmt: skip
+    compared = [
+        {**row, "condition": row["condition"].replace("unsteered1", "unsteered")}
+        for row in compared
+    ]
+    own = {"within": 0.6, "calibration_error": 4.0, "compared": compared}
+    agrees = {"auc": 0.9, "spearman": 0.7, "n": 36, "coverage": 1.0, "own": own, "fit": True}
+    run.write(file, [{"criterion": "evil", "judge": "j", **agrees}])
+
+
+def test_means_and_changes_over_seeds_are_corrected_beside_the_raw_ones(
+    seeded, tmp_path, no_drawing
+):
+    """Weights upwards are judged 15 too low: of a rise of 20 the judge sees 5."""
+    runs = seeded([5, 4, 6])
+    for run in runs:
+        misjudged(run)
+        own = [row for row in run.read("verdicts") if row["criterion"] == "evil"]
+        run.write("second_verdicts", [{**row, "judge": "other"} for row in own])
+        misjudged(run, "second_validation", -1.0)
+    write_seeds(tmp_path, runs)
+    with (tmp_path / "seeds.csv").open(newline="") as stream:
+        rows = {
+            row["condition"].strip("'").replace("−", "-"): row for row in csv.DictReader(stream)
+        }
+    for condition, score, change in (("+1", 15, 15), ("-1", -5, -5), ("0", 0, None)):
+        row = {name: float(cell) for name, cell in rows[condition].items() if _is_number(cell)}
+        assert row["score_corrected"] - row["score"] == pytest.approx(score, abs=1)
+        assert row["score_corrected_second"] - row["score"] == pytest.approx(-score, abs=1)
+        width = row["score_corrected_high"] - row["score_corrected_low"]
+        assert width > row["high"] - row["low"]
+        if change is None:
+            assert rows[condition]["change_corrected"] == ""
+        else:
+            assert row["change_corrected"] - row["change"] == pytest.approx(change, abs=1)
+    prompted = rows["positive prompt"]  # whose kind was not rated
+    assert prompted["score_corrected"] == prompted["change_corrected"] == ""
+    (table,) = corrected_tables(runs, over_seeds(runs))
+    assert [row[0].replace("−", "-") for row in table.rows] == ["-1", "0", "+1"]
+    up = table.rows[-1]
+    assert up[3].startswith("+5 [")
+    assert up[4].startswith("+20 [")
+    page = write_report([run.folder for run in runs], tmp_path / "report.html").read_text()
+    assert page.count("Change, corrected") == 1
+    for run in runs:
+        run.write("validation", [])
+    assert corrected_tables(runs, over_seeds(runs)) == ()
+
+
+def _is_number(cell):
+    return cell.strip("'").replace(".", "").replace("-", "").replace("e", "").isdigit()
 
 
 def test_a_second_judge_is_read_over_the_seeds_as_well(seeded, tmp_path, no_drawing):

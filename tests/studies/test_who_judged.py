@@ -92,7 +92,10 @@ def made(tmp_path, make_sweep_run, no_drawing):
     def asked(at):
         """The answers on evil of one model, below a study."""
         run = Run.open(at, command="evaluate", config={"trait": "evil"}, seed=0)
-        answers = [{"row": row, "question_id": row, "question": str(row)} for row in range(3)]
+        answers = [
+            {"row": row, "question_id": row, "question": str(row), "method": "none"}
+            for row in range(3)
+        ]
         run.write("answers", answers)
         run.write(
             "verdicts",
@@ -162,7 +165,8 @@ def made(tmp_path, make_sweep_run, no_drawing):
     def prevention():
         config = {"trait": "evil"}
         run = Run.open(tmp_path / "held", command="compare-prevention", config=config, seed=0)
-        asked(run.folder / "answers" / "plain")
+        for model in ("plain", "added"):
+            asked(run.folder / "answers" / model)
         rows = [
             {
                 "condition": model,

@@ -31,7 +31,8 @@ from persona_lora.judges.verdicts import Judges, lazily
 from persona_lora.models.likelihood import answer_logprobs, tokenize_rendered
 from persona_lora.models.loading import ChatModel
 from persona_lora.report.comparisons import PROBE, TASK_COLUMNS, TaskScore, write_found
-from persona_lora.report.correction import corrected_finetunes
+from persona_lora.report.correction import corrected_columns
+from persona_lora.report.correction_tables import corrected_finetunes
 from persona_lora.report.scores import grouped
 from persona_lora.report.sections import Table
 from persona_lora.report.trust import fitness_tables
@@ -302,7 +303,8 @@ def compare_prevention(
         places = {(model.name, model.seed) for model in models}
         kept = [row for row in run.read(MEASURES) if _place(row) in places]
         scores = prevention_scores(run, kept, models[0].name)
-        write_found(run.folder / "prevention.csv", TASK_COLUMNS, scores)
+        columns = {**TASK_COLUMNS, **corrected_columns("score", "difference")}
+        write_found(run.folder / "prevention.csv", columns, scores)
         render_prevention(scores, trait.name).save(run.folder / "prevention.png")
     return scores
 

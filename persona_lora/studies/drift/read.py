@@ -16,7 +16,8 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import PROBE, TaskScore, score_items
-from persona_lora.report.resampling import rank_correlation, share_of_orders
+from persona_lora.report.correction import errors_of, kind_of_model, less, put_right
+from persona_lora.report.resampling import SCORES, rank_correlation, share_of_orders
 from persona_lora.report.scores import Row, grouped
 from persona_lora.report.sections import Table
 from persona_lora.report.trust import judges_behind
@@ -110,15 +111,29 @@ def answers_of(run: Run, trait: str) -> dict[str, Run]:
 
 
 def prevention_scores(run: Run, rows: Sequence[Row], reference: str) -> list[TaskScore]:
-    """Return ``score_items`` of a comparison of finetunes, with who judged what a judge gave."""
-    judges = {
-        "trait": judges_behind(run, run.record["config"]["trait"]),
-        COHERENCE: judges_behind(run, COHERENCE),
+    """Return ``score_items`` of a comparison of finetunes, with who judged what a judge gave.
+
+    The trait of answers that nothing probed is corrected for the judge's error: probed ones are of
+    no kind that was rated.
+    """
+    trait = run.record["config"]["trait"]
+    judges = {"trait": judges_behind(run, trait), COHERENCE: judges_behind(run, COHERENCE)}
+    labels = {row["condition"]: f"{row['condition']} {row.get('seed', '')}".strip() for row in rows}
+    answers = {name: Run(run.folder / "answers" / label) for name, label in labels.items()}
+    kinds = {
+        name: {kind_of_model(own, finetuned=bool(own.record["config"].get("adapter"))): 1.0}
+        for name, own in answers.items()
     }
-    return [
-        replace(each, judge=judges.get(each.task.partition(PROBE)[0], ""))
-        for each in score_items(rows, reference)
-    ]
+    errors = errors_of(answers[reference], trait)
+    found = []
+    for each in score_items(rows, reference):
+        if each.task == "trait":
+            kind = kinds[each.condition]
+            gap = put_right(each.difference, errors, less(kind, kinds[reference]))
+            score = put_right(each.score, errors, kind, SCORES)
+            each = replace(each, score_corrected=score, difference_corrected=gap)
+        found.append(replace(each, judge=judges.get(each.task.partition(PROBE)[0], "")))
+    return found
 
 
 def agreements(run: Run) -> list[Agreement]:

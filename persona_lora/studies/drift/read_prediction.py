@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,13 @@ from persona_lora.core.errors import UserError
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.curve import corrected
-from persona_lora.report.resampling import Array, percentile_bounds, weighted_correlation
+from persona_lora.report.resampling import (
+    Array,
+    Bounds,
+    correlation_bounds,
+    correlation_gap_bounds,
+    weighted_correlation,
+)
 from persona_lora.report.scores import JUDGE, Row, grouped, judges_of, marked, unfit_mark
 from persona_lora.report.sections import Table
 from persona_lora.report.trust import fitness_tables
@@ -44,13 +51,14 @@ FEWEST_DATA_SETS = 3
 class Prediction:
     """One predictor against the change of one judged trait, over ``n`` finetunes.
 
-    ``r`` is Pearson's with a 95% bootstrap interval over ``data_sets`` (−1 to 1 for fewer than
-    three), ``rho`` Spearman's, ``p`` a permutation test of r that shuffles the data sets' means,
-    ``p_holm`` corrected over all predictions. ``error`` is the root mean square error of a line
-    fitted without the finetune that it predicts, ``data_error`` without all of its data set;
-    ``plain_error`` and ``plain_data_error`` are those of the mean of the others. ``own``: direction
-    and judged trait have one name. Pooled predictions standardise predictor and change within each
-    trait first, for errors by those that a line is fitted on: these are in standard deviations of
+    ``r`` is Pearson's with a 95% interval over ``data_sets`` (``correlation_bounds``; −1 to 1 for
+    fewer than three), ``rho`` Spearman's, ``p`` a permutation test of r that shuffles the data
+    sets' means, ``p_holm`` corrected over all predictions. ``error`` is the root mean square error
+    of a line fitted without the finetune that it predicts, ``data_error`` without all of its data
+    set; ``plain_error`` and ``plain_data_error`` are those of the mean of the others. ``own``:
+    direction and judged trait have one name. Pooled predictions standardise predictor and change
+    within each trait first, for errors by those that a line is fitted on: these are in standard
+    deviations of
     the change, the others in its points. A data set is drawn, shuffled or left out with all its
     traits.
     """
@@ -80,7 +88,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Contrast:
-    """The difference of two kinds' pooled r, with a paired bootstrap interval over data sets."""
+    """The difference of two kinds' pooled r, with a paired interval over data sets."""
 
     first: str
     second: str
@@ -209,17 +217,15 @@ def contrasts(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0
     kinds = list(dict.fromkeys(kind for kind, _ in values))
     names = sorted({name for by in values.values() for name in by})
     pooled = {kind: _pooled_by_finetune(kind, values, drift, names) for kind in kinds}
-    weights = _drawn(_numbered(names, data_sets(judged)), np.random.default_rng(seed))
-    everything = np.ones((1, len(names)))
+    units = _numbered(names, data_sets(judged))
+    over = {kind: _over_units(parts, units, seed) for kind, parts in pooled.items()}
     found = []
-    for at, first in enumerate(kinds):
-        for second in kinds[at + 1 :]:
-            difference, gaps = (
-                _r_of(pooled[first], each) - _r_of(pooled[second], each)
-                for each in (everything, weights)
-            )
-            low, high = _bounds(gaps, 2.0)
-            found.append(Contrast(first, second, float(difference[0]), low, high, len(names)))
+    for first, second in combinations(kinds, 2):
+        one, other = over[first], over[second]
+        low, high = correlation_gap_bounds(
+            (one.r, other.r), (one.bounds, other.bounds), (one.left_out, other.left_out)
+        )
+        found.append(Contrast(first, second, one.r - other.r, low, high, len(names)))
     return found
 
 
@@ -242,10 +248,21 @@ def nulls(judged: Sequence[Row], predictors: Sequence[Row], *, seed: int = 0) ->
     return found
 
 
-def _bounds(resampled: Array, widest: float) -> tuple[float, float]:
-    """Return the central 95% of what is known, or the widest bounds where nothing is."""
-    known = resampled[np.isfinite(resampled)]
-    return percentile_bounds(known) if len(known) else (-widest, widest)
+class _OverUnits(NamedTuple):
+    """r, its interval over data sets, and r without each of these."""
+
+    r: float
+    bounds: Bounds
+    left_out: Array
+
+
+def _over_units(
+    parts: Sequence[tuple[Array, Array]], units: NDArray[np.intp], seed: int
+) -> _OverUnits:
+    each_out = (units != np.arange(units.max() + 1)[:, None]).astype(np.float64)
+    weights = np.ones((1, len(units))), _drawn(units, np.random.default_rng(seed)), each_out
+    (r,), resampled, left_out = (_r_of(parts, each) for each in weights)
+    return _OverUnits(float(r), correlation_bounds(r, resampled, left_out), left_out)
 
 
 def _high(values: Array) -> float:
@@ -417,12 +434,12 @@ def _prediction(
 
     ``draws`` are a seed and the number of permutations.
     """
-    rng, alone = np.random.default_rng(draws[0]), np.arange(len(units))
+    alone = np.arange(len(units))
     error = partial(_left_out_error, parts, pooled=judged == POOLED)
     x, y = _stacked(parts, alone)
     varies = np.ptp(x) and np.ptp(y)
     r = float(pearsonr(x, y).statistic) if varies else 0.0
-    low, high = _bounds(_r_of(parts, _drawn(units, rng)), 1.0)
+    low, high = _over_units(parts, units, draws[0]).bounds
     return Prediction(
         judged=judged,
         direction=direction,

@@ -11,7 +11,7 @@ from typing import Any
 from persona_lora.core.errors import few_names
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
-from persona_lora.report.correction import changes_from, corrected_finetunes
+from persona_lora.report.correction_tables import changes_from, corrected_finetunes
 from persona_lora.report.curve import PairedDifference, corrected
 from persona_lora.report.sections import Block, Content, Image, Note, Table
 from persona_lora.report.trust import judge_blocks

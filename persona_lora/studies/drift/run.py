@@ -41,7 +41,14 @@ from persona_lora.projections.weight_space import (
     project_weights,
 )
 from persona_lora.report import wording
-from persona_lora.report.conditions import interval_cells
+from persona_lora.report.conditions import interval_cells, interval_of
+from persona_lora.report.correction import (
+    LONG_CORRECTED,
+    corrected_cells,
+    errors_of,
+    kind_of_model,
+    of_condition,
+)
 from persona_lora.report.resampling import Interval, bootstrap_mean, holm
 from persona_lora.report.scores import JUDGE, SECOND, SECOND_SUFFIX, grouped, judges_of
 from persona_lora.report.sections import Table
@@ -165,8 +172,11 @@ def evaluate_checkpoints(
         here = {checkpoint.name for checkpoint in checkpoints}
         rows = [row for row in run.read("checkpoints") if row["checkpoint"] in here]
         run.write("checkpoints", rows)
-        judged = [{**row, JUDGE: _judge_of(run, row)} for row in rows]
-        write_csv(run.folder / "checkpoints.csv", (*COLUMNS, JUDGE), judged)
+        write_csv(
+            run.folder / "checkpoints.csv",
+            (*COLUMNS, *LONG_CORRECTED, JUDGE),
+            [{**row, **_corrected(run, row), JUDGE: _judge_of(run, row)} for row in rows],
+        )
         render_checkpoints(run).save(run.folder / "checkpoints.png")
     return run
 
@@ -212,6 +222,17 @@ def _measure(
             cluster = {question: [value for _, value in own] for question, own in by.items()}
             rows.append(row(statistic, bootstrap_mean(cluster), where))
     return rows
+
+
+def _corrected(run: Run, row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return a mean score corrected for the error of its judge; empty cells for what is none."""
+    right, files = None, {"trait": "verdicts", TRAIT_SECOND: SECOND}
+    if row["statistic"] in files:
+        answers = Run(run.folder / "answers" / f"{row['checkpoint']}_{row['trait']}")
+        kind = kind_of_model(answers, finetuned=row["checkpoint"] != BASE)
+        errors = errors_of(answers, row["trait"], by=files[row["statistic"]])
+        right, _ = of_condition(kind, interval_of(row), None, errors)
+    return corrected_cells(right)
 
 
 def _judge_of(run: Run, row: Mapping[str, Any]) -> str:

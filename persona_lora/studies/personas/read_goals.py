@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from persona_lora.core.chat import Condition
 from persona_lora.core.options import ObjectiveOptions
 from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import ConditionFit, Row, frame, means
+from persona_lora.report.correction import errors_of, kind_of, of_condition
 from persona_lora.report.resampling import SCORES, Bounds, Interval
 from persona_lora.report.scores import unfit_for, with_mark
 from persona_lora.report.sections import Table
@@ -25,6 +27,11 @@ from persona_lora.studies.personas.read_fits import UNSTEERED, condition_fits, o
 DISTANCE = Bounds(-100.0, 0.0)  # the scale of minus a distance between scores
 RANDOM_MIX = "random_mix"
 Config = Mapping[str, Any]  # of a run
+RAW = (
+    "Corrected for the judge’s error are answers of kinds that were rated: without steering, and "
+    "under a trait’s own diff alone. How far other mixes are misjudged is not known; and a mean "
+    "distance from a target is not put right by a mean error. Both are raw."
+)
 
 
 def targets_of(config: Config) -> dict[str, float]:
@@ -124,13 +131,43 @@ def goal_tables(rows: Sequence[Row], run: Run, limits: ObjectiveOptions) -> list
         for parts, second in (("parts", False), ("second_parts", True))
         for trait, scores in trait_means(rows, parts).items()
     ]
+    traits += [
+        [trait, f"{targets_of(config)[trait]:g}", f"{judge_of(run, [trait])}, corrected"]
+        + [wording.interval(right.get(each.condition), 1) for each in fits]
+        for trait, right in corrected_means(rows, run).items()
+    ]
     names = " | ".join(each.condition.replace("_", " ") for each in fits)
     title = "scores on held-out prompts"
     found += [_front_table(rows, config, limits)] if is_front(config) else []
     return [
         *found,
-        *([Table.of(f"trait | target | judge | {names}", traits, title)] * bool(traits)),
+        *([Table.of(f"trait | target | judge | {names}", traits, title, RAW)] * bool(traits)),
     ]
+
+
+def corrected_means(rows: Sequence[Row], run: Run) -> dict[str, dict[str, Interval]]:
+    """Return the mean score of each trait under each condition, corrected for the judge's error.
+
+    Of a trait whose kind of answers was rated: without steering, and under mixes of its own diff
+    alone, all of one sign.
+    """
+    found: dict[str, dict[str, Interval]] = {}
+    for trait, by in trait_means(rows).items():
+        for condition, mean in by.items():
+            kinds = {_kind(row["weights"], trait) for row in rows if row["condition"] == condition}
+            kind = kinds.pop() if len(kinds) == 1 else None
+            right, _ = of_condition(kind, mean, None, errors_of(run, trait))
+            if right is not None:
+                found.setdefault(trait, {})[condition] = right
+    return found
+
+
+def _kind(weights: Mapping[str, float] | None, trait: str) -> str | None:
+    """Return what rated answers call a mix, asked about a trait; None where none is of it."""
+    used = {name: weight for name, weight in (weights or {}).items() if weight}
+    if used.keys() <= {trait}:
+        return kind_of(Condition("lora", used.get(trait, 0.0)))
+    return None
 
 
 def front_means(rows: Sequence[Row], config: Config) -> dict[str, dict[str, Interval]]:

@@ -688,7 +688,9 @@ def side_effects_content(run: Run) -> Content:
         "act on all tokens. “Every turn” is the slope over the turns of conversations; what is "
         "refused is told by a rule. Questions went the wrong way where the steered trait moved "
         "against what was asked for; a star there: another share than that of the weights. "
-        "* p < 0.05, corrected within each kind of measure (Holm); random controls are not tested."
+        "* p < 0.05, corrected within each kind of measure (Holm); random controls are not tested. "
+        "Scores are the judge’s own: how it misses other traits’ answers under these directions "
+        "was not rated, so that nothing corrects them."
     )
     tables = [replace(side_effects_table(found), title="Every measure", note=note)]
     if second:

@@ -24,13 +24,15 @@ from persona_lora.report import wording
 from persona_lora.report.comparisons import GAP_COLUMNS, columns_of, write_found
 from persona_lora.report.correction import (
     UNSTEERED,
-    corrected_change,
-    effects_table,
-    errors_by_kind,
+    Errors,
+    corrected_columns,
+    errors_of,
     kind_of,
+    less,
+    put_right,
 )
+from persona_lora.report.correction_tables import effects_table
 from persona_lora.report.curve import PairedDifference, corrected, gaps_between
-from persona_lora.report.rated import models_of, rated_answers
 from persona_lora.report.resampling import SCORES, Bounds, Interval, bootstrap_mean, holm
 from persona_lora.report.scores import (
     JUDGE,
@@ -57,7 +59,7 @@ OF_THE_TRAIT = columns_of(
     *("over_neutral=over_neutral.interval.mean", "over_neutral_low=over_neutral.interval.low"),
     *("over_neutral_high=over_neutral.interval.high", "over_neutral_p=over_neutral.p"),
     *("over_neutral_p_holm=over_neutral.p_holm", JUDGE),
-)
+) | corrected_columns("trait", "difference")
 COLUMNS = {
     **columns_of(
         *("split", "level", "method", "coefficient", "kl_mean", "kl_p95", "matched"),
@@ -79,7 +81,8 @@ class Point:
     corrected over all points. None for the diff itself, for the unsteered
     model and for prompts, which are at no level. ``ordinary_mean`` and ``ordinary_p95`` are on
     ordinary prompts, where the divergence elsewhere was made equal. ``over_neutral`` is a trait's
-    own system prompt minus neutral ones, a family of tests of its own. ``judge`` names who judged.
+    own system prompt minus neutral ones, a family of tests of its own. ``judge`` names who judged,
+    and what ends in ``_corrected`` is corrected for its error, None where nothing corrects it.
     """
 
     split: str
@@ -99,6 +102,8 @@ class Point:
     draws: int = 1
     over_neutral: PairedDifference | None = None
     judge: str = ""
+    trait_corrected: Interval | None = None
+    difference_corrected: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,7 @@ class _Split:
     traits: Mapping[Place, Cluster]
     coherences: Mapping[Place, Cluster]
     judge: str
+    errors: Errors
 
     @property
     def by_method(self) -> dict[str, list[Row]]:
@@ -245,7 +251,8 @@ def _splits(run: Run, by: str = "verdicts") -> Iterator[_Split]:
                     scores = found[criterion].setdefault(_place(answer), {})
                     scores.setdefault(answer["question_id"], []).append(verdict["score"])
         judge = judges_of(part.read(by), trait, COHERENCE)
-        yield _Split(row["split"], levels, found[trait], found[COHERENCE], judge)
+        errors = errors_of(part, trait, by=by)
+        yield _Split(row["split"], levels, found[trait], found[COHERENCE], judge, errors)
 
 
 def _place(row: Row) -> Place:
@@ -281,7 +288,30 @@ def _points(split: _Split) -> list[Point]:
                 ordinary_p95=_average(own, "ordinary_p95"), draws=len(own), judge=split.judge,
             )
         )  # fmt: skip
-    return points
+    return [_put_right(each, split) for each in points]
+
+
+def _put_right(each: Point, split: _Split) -> Point:
+    """Return a point with its trait, and what the diff has over it, corrected."""
+    kinds = {
+        method_of(row["method"]): _kind(row) for row in split.levels if row["level"] == each.level
+    }
+    own = kinds.get(each.method) or kind_of(Condition(each.method))
+    weights: dict[str | None, float] = {}
+    if each.difference is not None:  # in the direction that the level asks for
+        sign = math.copysign(1.0, each.coefficient or 1.0)
+        weights = less({kinds[LORA]: sign}, {own: sign})
+    return replace(
+        each,
+        trait_corrected=put_right(each.trait, split.errors, {own: 1.0}, SCORES),
+        difference_corrected=put_right(each.difference, split.errors, weights),
+    )
+
+
+def _kind(level: Row) -> str:
+    """Return the kind of a level's condition; what is not rated has a name, so as not to cancel."""
+    kind = kind_of(Condition(level["method"], level["coefficient"]))
+    return kind or f"{level['method']} {level['coefficient']:+g}"
 
 
 def _over_neutral(split: _Split, method: str) -> PairedDifference | None:
@@ -356,38 +386,32 @@ def corrected_effects(
     no answers were rated; random controls are of no rated kind.
     """
     rows: list[tuple[str, ...]] = []
-    models: list[str] = []
+    models: tuple[str, ...] = ()
     for split in dict.fromkeys(split for split, _ in effects):
-        validation = Run(run.folder / split).read("validation")
-        rated = rated_answers(validation, run.record["config"].get("model"))
-        models, errors = models_of(rated), errors_by_kind(rated)
+        errors = errors_of(Run(run.folder / split), run.record["config"]["trait"])
+        models = errors.models
         both = effects[split, LORA], effects[split, ACTIVATION]
-        weights = [_kinds(run.read("levels"), method) for method in (LORA, ACTIVATION)]
+        weights = [kinds_of_effect(run, method) for method in (LORA, ACTIVATION)]
         changes = {
             "weights": (both[0].effect, weights[0]),
             "activations": (both[1].effect, weights[1]),
-            "weights − activations": (both[1].difference, _less(*weights)),
+            "weights − activations": (both[1].difference, less(*weights)),
         }
         for name, (change, parts) in changes.items():
-            right = None if change is None else corrected_change(change, errors, parts)
+            right = put_right(change, errors, parts)
             if right is not None:
                 rows.append((split, name, wording.change(change), wording.change(right)))
     return (effects_table(rows, models),) if rows else ()
 
 
-def _kinds(levels: Sequence[Row], method: str) -> dict[str, float]:
-    """Return by how much each rated kind of condition stands in a method's effect."""
-    found: dict[str, float] = {}
-    own = [row for row in levels if row["method"] == method]
+def kinds_of_effect(run: Run, method: str) -> dict[str | None, float]:
+    """Return by how much each kind of condition stands in a method's effect."""
+    found: dict[str | None, float] = {}
+    own = [row for row in run.read("levels") if method_of(row["method"]) == method]
     for row in own:
         sign = math.copysign(1 / len(own), row["coefficient"])
-        kind = str(kind_of(Condition(method, row["coefficient"])))
-        found = _less(found, {kind: -sign, UNSTEERED: sign})
+        found = less(found, less({UNSTEERED: sign}, {_kind(row): sign}))
     return found
-
-
-def _less(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    return {each: first.get(each, 0.0) - second.get(each, 0.0) for each in {**first, **second}}
 
 
 def effect_gaps(run: Run) -> dict[str, Mapping[int, float]]:

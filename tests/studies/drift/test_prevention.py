@@ -30,6 +30,7 @@ from persona_lora.studies.drift.prevention import (
     corrected_models,
     planned_prevention,
 )
+from persona_lora.studies.drift.read import prevention_scores
 from persona_lora.training.finetune import read_conversations
 from persona_lora.training.preventative import Preventative, inoculated
 
@@ -132,6 +133,36 @@ def test_what_finetunes_change_is_put_right_by_errors_on_finetunes(
     assert [row[1].split()[0] for row in table.rows] == ["−22", "−11"]
     assert [row[2].split()[0] for row in table.rows] == ["+18", "+29"]
     assert corrected_models(out, models[:2], trait.name) == ()
+    for model in models:
+        Run(out / "answers" / model.label).write("validation", validation)
+    measured = [
+        {"condition": model.name, "seed": "", "task": task, "metric": "score", "item": question,
+         "score": 30.0 + 3 * question * at}
+        for at, model in enumerate(models)
+        for task in ("trait", "trait, negated", "coherence")
+        for question in range(4)
+    ]  # fmt: skip
+    scores = prevention_scores(Run(out), measured, "base")
+    shift = {
+        each.condition: [
+            None if right is None else right.mean - raw.mean
+            for raw, right in (
+                (each.score, each.score_corrected),
+                (each.difference or each.score, each.difference_corrected),
+            )
+        ]
+        for each in scores
+        if each.task == "trait"
+    }
+    both = [pytest.approx(39.5), pytest.approx(40)]
+    expected = {"plain": both, "added": both, "base": [pytest.approx(-0.5), None]}
+    assert shift == {**expected, "undone": [None, None]}
+    # Probed answers, and sense, are of no kind that was rated for the trait.
+    rest = [each for each in scores if each.task != "trait"]
+    assert {(each.score_corrected, each.difference_corrected) for each in rest} == {(None, None)}
+    beside_plain = prevention_scores(Run(out), measured, "plain")
+    added = next(e for e in beside_plain if (e.condition, e.task) == ("added", "trait"))
+    assert added.difference_corrected is None  # two finetunes are misjudged alike
 
 
 def test_what_cannot_be_compared_is_named(base, models, trait, rows, judge, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from persona_lora.core.errors import UserError
 from persona_lora.core.files import write_jsonl
 from persona_lora.core.lora_diff import BaseModel
+from persona_lora.core.runs import Run
 from persona_lora.core.steering_vector import SteeringVector
 from persona_lora.judges.verdicts import Judges
 from persona_lora.models.loading import load_chat_model
@@ -105,6 +106,37 @@ def test_every_statistic_of_every_checkpoint_is_a_row(run_all, judge):
     assert told == {
         *(("trait", judge.name), ("coherence", judge.name), ("projection", ""), ("shift", ""))
     }
+
+
+def test_the_table_has_scores_corrected_by_the_errors_on_finetunes_and_on_the_base(run_all):
+    run = run_all()
+    compared = [
+        {
+            "model": "m",
+            "condition": kind,
+            "question": f"q{at}",
+            "score": 50.0,
+            "rating": error,
+        }
+        for kind, error in (("unsteered", 52.0), ("finetuned", 59.0))
+        for at in range(4)
+    ]
+    for answers in (run.folder / "answers").iterdir():
+        if answers.is_dir():
+            own = {"criterion": "cheer", "own": {"compared": compared}}
+            Run(answers).write("validation", [own])
+    run_all()
+    with (run.folder / "checkpoints.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    shift = {
+        (row["checkpoint"], row["statistic"]): float(row["value_corrected"]) - float(row["value"])
+        for row in table
+        if row["value_corrected"]
+    }
+    steps = {"base": 2, "checkpoint-2": 9, "checkpoint-10": 9}
+    assert shift == {(name, "trait"): pytest.approx(by) for name, by in steps.items()}
+    traits = [row for row in table if row["statistic"] == "trait"]
+    assert all(row["value_corrected_low"] and row["value_corrected_high"] for row in traits)
 
 
 def test_the_shift_is_what_both_models_say_of_the_same_answers(run_all, base, vectors):

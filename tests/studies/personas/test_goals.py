@@ -37,6 +37,7 @@ from persona_lora.studies.personas.goals import (
 )
 from persona_lora.studies.personas.objective import ObjectiveOptions
 from persona_lora.studies.personas.read_goals import (
+    corrected_means,
     front_held,
     front_means,
     goal_line,
@@ -285,7 +286,8 @@ def test_how_fit_its_judges_are_is_asked_once_and_marks_table_line_and_page(
             assert shown >= {"filler", "echo", "loop"}
         rows = run.read("held_out")
         marked = ["letters (unfit for cheer)", "others (unfit for cheer)"]
-        assert [row[2] for row in goal_tables(rows, run, ObjectiveOptions())[1].rows] == marked
+        said = [row[2] for row in goal_tables(rows, run, ObjectiveOptions())[1].rows]
+        assert said == [*marked, f"{marked[0]}, corrected"]
         assert all(name in goal_line(rows, run, result.best) for name in marked)
         texts = render_goal(run).figure.findobj(Text)
         assert any(marked[0] in " ".join(each.get_text().split()) for each in texts)
@@ -659,3 +661,28 @@ def test_a_front_is_reported_whatever_left_it_on_fresh_prompts(chat_model, metho
 
 def mixes_of(result):
     return [each.coefficients for each in result.finalists.values()]
+
+
+def test_scores_without_steering_and_under_a_trait_s_own_diff_alone_are_corrected(tmp_path):
+    """What mixes several diffs is of no rated kind, and stays raw."""
+    config = {"goal": {"targets": {"e": 80.0, "o": 20.0}}, "judge": "j", "second_judge": None}
+    run = Run.open(tmp_path / "run", command="optimize", config=config, seed=0)
+    compared = [
+        {"model": "m", "condition": kind, "question": f"q{at}", "score": 50.0, "rating": 50.0 + by}
+        for kind, by in (("unsteered", 1.0), ("lora +1", 9.0), ("lora -1", -7.0))
+        for at in range(4)
+    ]
+    run.write("validation", [{"criterion": "e", "own": {"compared": compared}, "fit": True}])
+    mixes = {"none": [None], "own": [{"e": 2.0, "o": 0.0}], "mean": [{"e": 2.0, "o": 0.5}]}
+    mixes |= {"down": [{"e": -1.0}], "random_mix": [{"e": 2.0}, {"e": -2.0}]}
+    rows = [
+        {"condition": name, "prompt_id": at, "weights": own[at % len(own)],
+         "parts": {"e": 40.0 + at, "o": 30.0 + at}, "second_parts": {}}
+        for name, own in mixes.items()
+        for at in range(8)
+    ]  # fmt: skip
+    found = corrected_means(rows, run)
+    assert found.keys() == {"e"}  # the other trait has no rated answers
+    shift = {name: each.mean - 43.5 for name, each in found["e"].items()}
+    expected = {"none": 1, "own": 9, "down": -7}
+    assert shift == {name: pytest.approx(by) for name, by in expected.items()}

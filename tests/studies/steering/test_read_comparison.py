@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pytest
 
 from persona_lora.core.runs import Run
-from persona_lora.studies.steering.read_comparison import corrected_effects, read_comparison
+from persona_lora.studies.steering.read_comparison import (
+    corrected_effects,
+    read_comparison,
+    write_points,
+)
 
 LEVELS = [
     {"level": level, "method": method, "coefficient": value}
@@ -29,7 +35,8 @@ def compared(tmp_path):
             seed=0,
         ),
     )
-    part = Run.open(tmp_path / "run" / "eval", command="evaluate", config={}, seed=0)
+    config = {"model": "small"}
+    part = Run.open(tmp_path / "run" / "eval", command="evaluate", config=config, seed=0)
     run.write("splits", [{"split": "eval"}])
     measured = {f"{name}_{each}": 0.1 for name in ("kl", "ordinary") for each in ("mean", "p95")}
     run.write("levels", [{**row, **measured, "matched": True} for row in LEVELS])
@@ -75,3 +82,29 @@ def test_effects_are_put_right_by_the_errors_of_their_kinds_on_the_run_s_model(c
     assert "(small)" in table.note  # and not the larger one, which is misjudged nine times as far
     Run(compared.folder / "eval").write("validation", [])
     assert corrected_effects(compared, effects) == ()
+
+
+def test_the_table_has_points_and_differences_corrected_and_none_of_what_was_not_rated(compared):
+    write_points(compared, read_comparison(compared))
+    with (compared.folder / "comparison.csv").open(newline="") as stream:
+        rows = {(row["method"], row["level"]): row for row in csv.DictReader(stream)}
+    shift = {
+        place: float(row["trait_corrected"]) - float(row["trait"])
+        for place, row in rows.items()
+        if row["trait_corrected"]
+    }
+    near = {("none", ""): -3, ("lora", "0"): -10, ("lora", "1"): 0}
+    near |= {("activation", "0"): -4, ("activation", "1"): 6}
+    assert shift == {place: pytest.approx(by, abs=1) for place, by in near.items()}
+    gap = {
+        place: float(row["difference_corrected"]) - float(row["difference"])
+        for place, row in rows.items()
+        if row["difference_corrected"]
+    }
+    # With + weights lose 10 and vectors 4; with −, less is more, and vectors lose 6.
+    near = {("activation", "0"): -6, ("activation", "1"): 6}
+    assert gap == {place: pytest.approx(by, abs=1) for place, by in near.items()}
+    for row in rows.values():
+        if row["trait_corrected"]:
+            ends = [float(row[f"trait_corrected_{end}"]) for end in ("low", "high")]
+            assert ends[1] - ends[0] > float(row["trait_high"]) - float(row["trait_low"])
