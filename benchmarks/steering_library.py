@@ -1,7 +1,8 @@
 """Activation vectors beside the steering-vectors library: extraction, generation, coefficients.
 
     pip install --no-deps steering-vectors==0.12.2
-    python benchmarks/steering_library.py --output results/benchmarks/steering_library.json
+    python benchmarks/steering_library.py                                # all three parts
+    python benchmarks/steering_library.py generation coefficients --rounds 9
 
 Both get the same model, pairs, layers, prompts and coefficient, by turns in a new order each round,
 in one process. The library asks for a transformers below 5; ``--no-deps`` leaves ours. It reads one
@@ -43,6 +44,7 @@ from persona_lora.report.resampling import t_bounds
 from persona_lora.steering.activations import ActivationSteerer
 from persona_lora.steering.directions import sum_pairs, vector_of
 
+PARTS = ("extraction", "generation", "coefficients")
 INSTALL = "pip install --no-deps steering-vectors==0.12.2"
 AT_THE_ANSWER = slice(-1, None)
 Work = Callable[[], Any]
@@ -100,22 +102,25 @@ def our_vector(chat: ChatModel, texts: Sequence[tuple[str, str]], method: str) -
     return vector_of(sums["response_avg"], method, {"base_model": base, "num_layers": depth})
 
 
-def extraction(
-    chat: ChatModel, library: Any, trait: Trait, pairs: int, rounds: int
-) -> tuple[dict[str, Any], SteeringVector]:
-    """Return times and cosines, and our mean difference of all layers at the last token."""
-    kept = load_pairs(trait)[:pairs]
-    texts = [
+def last_token_texts(chat: ChatModel, trait: Trait, pairs: int) -> list[tuple[str, str]]:
+    """Return the texts of a trait's first pairs: question and positive, question and negative."""
+    return [
         (asked + pair.positive[-1]["content"], asked + pair.negative[-1]["content"])
-        for pair in kept
+        for pair in load_pairs(trait)[:pairs]
         for asked in [chat.render(pair.prompt)]
     ]
+
+
+def extraction(
+    chat: ChatModel, library: Any, texts: Sequence[tuple[str, str]], rounds: int
+) -> dict[str, Any]:
+    """Return times and cosines of the vectors of all layers at the last token."""
 
     def theirs(batch: int, aggregator: Any) -> Work:
         asked = {"batch_size": batch, "aggregator": aggregator}
         return lambda: library.train_steering_vector(chat.model, chat.tokenizer, texts, **asked)
 
-    mean, principal = library.mean_aggregator(), library.pca_aggregator()
+    mean = library.mean_aggregator()
     variants: dict[str, Work] = {
         "ours": lambda: our_vector(chat, texts, "mean_diff"),
         "library, one text a pass": theirs(1, mean),
@@ -123,15 +128,15 @@ def extraction(
     }
     measured = by_turns(variants, rounds)
     measured.found["ours, svd"] = our_vector(chat, texts, "svd")
-    measured.found["library, pca"] = theirs(16, principal)()
+    measured.found["library, pca"] = theirs(16, library.pca_aggregator())()
     told = measured.summary([(name, "ours") for name in list(variants)[1:]])
-    told["pairs"], told["texts"] = len(kept), 2 * len(texts)
+    told["texts"] = 2 * len(texts)
     told["least_cosine_over_layers"] = {}
     for one, other in (("ours", "library, sixteen"), ("ours, svd", "library, pca")):
         ours, peer = measured.found[one].directions, measured.found[other].layer_activations
         cosines = [float(torch.cosine_similarity(ours[at], peer[at], dim=0)) for at in ours]
         told["least_cosine_over_layers"][f"{one}, {other}"] = min(cosines)
-    return told, measured.found["ours"]
+    return told
 
 
 class Asked(NamedTuple):
@@ -193,9 +198,8 @@ def generation(
     peer = library.SteeringVector(dict(vector.directions))
 
     def theirs(positions: slice | None) -> AbstractContextManager[Any]:
-        kept: AbstractContextManager[Any] = peer.apply(
-            model, multiplier=coefficient, token_indices=positions
-        )
+        at = {"min_token_index": None, "token_indices": positions}
+        kept: AbstractContextManager[Any] = peer.apply(model, multiplier=coefficient, **at)
         return kept
 
     def steered(positions: Any = "response") -> ActivationSteerer:
@@ -249,9 +253,9 @@ def many(
         asked.tokens,
     )
     column = torch.tensor(rows)[:, None]  # [rows, 1, 1]
+    at = {"min_token_index": None, "token_indices": AT_THE_ANSWER}
 
     def in_turn() -> list[str]:
-        at = {"token_indices": AT_THE_ANSWER}
         return [
             answer
             for each in coefficients
@@ -262,7 +266,7 @@ def many(
         def scaled(hidden: Tensor, direction: Tensor) -> Tensor:
             return column * direction
 
-        return whole.plain(peer.apply(model, operator=scaled, token_indices=AT_THE_ANSWER))
+        return whole.plain(peer.apply(model, operator=scaled, **at))
 
     variants: dict[str, Work] = {
         "ours, one batch": lambda: whole.ours(ActivationSteerer(model, vector, rows)),
@@ -278,6 +282,7 @@ def many(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=PARTS, metavar="part", help=", ".join(PARTS))
     parser.add_argument("--trait", default="sycophancy")
     parser.add_argument("--layer", type=int, default=20)
     parser.add_argument("--coefficient", type=float, default=1.0)
@@ -295,12 +300,14 @@ def main() -> None:
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: no package {error.name}; install it with: {INSTALL}") from None
 
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     random.seed(0)
     chat, trait = load_chat_model(dtype=options.dtype, device_map="cpu"), load_trait(options.trait)
-    before = weight_fingerprint(chat.model)
-    rounds = options.rounds
-    extracted, everywhere = extraction(chat, library, trait, options.pairs, rounds)
-    vector = everywhere.at([options.layer])
+    before, rounds = weight_fingerprint(chat.model), options.rounds
+    texts = last_token_texts(chat, trait, options.pairs)
+    vector = our_vector(chat, texts, "mean_diff").at([options.layer])
     asked = Asked.of(chat, trait.questions["eval"][: options.prompts], options.tokens)
     result = {
         "settings": {name: str(value) for name, value in vars(options).items()},
@@ -308,13 +315,13 @@ def main() -> None:
         "versions": package_versions() | {"steering-vectors": version("steering-vectors")},
     }
     parts: dict[str, Work] = {
-        "extraction": lambda: extracted,
+        "extraction": lambda: extraction(chat, library, texts, rounds),
         "generation": lambda: generation(asked, library, vector, options.coefficient, rounds),
         "coefficients": lambda: many(asked, library, vector, options.coefficients, rounds),
-        "weights_untouched": lambda: weight_fingerprint(chat.model) == before,
     }
-    for name, part in parts.items():
-        result[name] = part()
+    for name in options.parts:
+        result[name] = parts[name]()
+        result["weights_untouched"] = weight_fingerprint(chat.model) == before
         write_json(options.output, result)
         print(json.dumps({name: result[name]}, indent=2), flush=True)
 
