@@ -33,15 +33,15 @@ held() { [ -n "${quick[*]}" ] || echo "docs/protocols/$1"; }   # to which protoc
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 # What each part does, and about how long it takes on two cores: all of it | --quick.
-plan="1:weights or activations, three traits, three training seeds:2.5 hours:20 seconds
-1b:the second model, sycophancy, three training seeds:1.5 hours:20 seconds
-2:seventy finetunes and their projections; screening by 36 finetunes; prevention of two traits, three training seeds:10 hours:2 minutes
-2b:the second model, 36 finetunes at two doses; prevention of capitals:6 hours:1 minute
-3:speed, with 5 (nine traits, three training seeds):2 hours:20 seconds
-3b:the second model, speed:half an hour:20 seconds
-4:persona searches over twelve personas, three training seeds:2 hours:20 seconds
+plan="1:weights or activations, three traits, three training seeds:2.5 hours:a minute
+1b:the second model, sycophancy, three training seeds:1.5 hours:a minute
+2:seventy finetunes and their projections; screening by 36 finetunes; prevention of two traits, three training seeds:10 hours:5 minutes, beside the others
+2b:the second model, 36 finetunes at two doses; prevention of capitals:6 hours:3 minutes
+3:speed, with 5 (nine traits, three training seeds):2 hours:a minute
+3b:the second model, speed:half an hour:a minute
+4:persona searches over twelve personas, three training seeds:2 hours:a minute
 5:geometry of weights and activations, with 3:::
-5b:the second model, geometry of six traits:2 hours:20 seconds"
+5b:the second model, geometry of six traits:2 hours:a minute"
 while IFS=: read -r part what long brief; do
     asked "$part" || continue
     [ -z "${quick[*]}" ] || long=$brief
