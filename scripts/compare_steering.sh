@@ -4,7 +4,7 @@
 # differences and vectors, on held-out questions and out of distribution, as docs/protocols/ says
 # (about half an hour a trait on two cores, training aside; resumable):
 # bash scripts/compare_steering.sh sycophancy hallucination
-# With --quick first: one trait and seed, two levels, few questions.
+# With --quick first: one trait and its ready diff, one level, few questions, a vector of eight pairs.
 # MODEL, LAYER, COEFFICIENTS, QUESTIONS, SPLIT, CONTROLS and SEEDS set other values; the run is exploratory then,
 # unless PROTOCOL names what it is held to:
 # LAYER=28 PROTOCOL=docs/protocols/compare_sycophancy_layer28.yaml bash scripts/compare_steering.sh sycophancy
@@ -35,8 +35,9 @@ for trait in "$@"; do
     options=(--coefficients "${COEFFICIENTS:-${strengths[$trait]:-1,-1}}" --max-new-tokens 60
         --max-questions "${QUESTIONS:-20}" --random-controls "${CONTROLS:-3}" ${SPLIT:+--split "$SPLIT"})
     if [ -n "$quick" ]; then
-        diffs=checkpoints/ready/$trait/diff options=(--coefficients 0.5,1 --max-questions 3 --max-new-tokens 30 --random-controls 1)
-        [ -e "$diffs/diff.json" ] || persona-lora gallery get --traits "$trait"
+        bash scripts/quick_vectors.sh "$trait"
+        diffs=checkpoints/ready/$trait/diff vector=checkpoints/quick/vectors/$trait/${trait}_response_avg.safetensors
+        options=(--coefficients 0.5 --max-questions 2 --max-new-tokens 20 --random-controls 1 --split "${SPLIT:-eval}")
     else
         [ -e "$diffs/seed$((${SEEDS:-3} - 1))/diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" \
             --model "$model" --seeds "${SEEDS:-3}" --output_dir "$diffs"

@@ -4,7 +4,7 @@
 # three of them also with half the steps, rank 4 or a quarter of the learning rate. Judge every finetune,
 # project it, take off what the plain rows of its family do with the same settings, and correlate:
 # bash scripts/predict_finetuning.sh            (two to three hours on two cores; resumable)
-# bash scripts/predict_finetuning.sh --quick    (six short finetunes, few questions: does it run?)
+# bash scripts/predict_finetuning.sh --quick    (six short finetunes, few questions: does it run? Also after --doses)
 # bash scripts/predict_finetuning.sh --doses    (36 finetunes of nine families, each strong and weak, judged on two
 #                                                traits of which the reader is fit on a larger model too)
 # It is held to docs/protocols/predict_finetuning_controls.yaml; --doses, or with MODEL, TRAITS, LAYER, QUESTIONS
@@ -21,8 +21,10 @@ case ${1:-} in
         judged=${JUDGED:-narrative_mode intimacy}
         made=${MADE:-checkpoints/doses} out=${OUT:-results/prediction_doses} ;;
     --quick | "") ;;
-    *) echo "error: $1: pass --quick, --doses or nothing" >&2 && exit 2 ;;
+    *) echo "error: $1: pass --quick, --doses, --doses --quick or nothing" >&2 && exit 2 ;;
 esac
+quick="" kind=${1:-}
+[[ " $* " != *" --quick "* ]] || quick=1
 layer=${LAYER:-19} model=${MODEL:-SmolLM2-135M-Instruct} folder=$made/prediction
 files="" seeds=${SEEDS:-11 23} varied=""
 for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
@@ -35,17 +37,22 @@ protocol=${PROTOCOL:-}
 [ -n "${MODEL:-}${TRAITS:-}${LAYER:-}${QUESTIONS:-}${SEEDS:-}${protocol}${1:-}" ] ||
     protocol=docs/protocols/predict_finetuning_controls.yaml
 [ -z "$protocol" ] || few+=(--protocol "$protocol")
-if [ "${1:-}" = --quick ]; then
-    traits=${TRAITS:-evil} others="" seeds=42 varied="" out=results_quick/prediction folder=$folder/quick
-    files=""
-    for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_1 $trait/misaligned_2"; done
-    short=(--max_steps 4) few=(--max-questions 3 --max-new-tokens 30 --control-rows normal)
-elif [ "${1:-}" = --doses ]; then
+if [ "$kind" = --doses ]; then
     seeds="" varied="" files="" brief=(--max_steps 20) few[1]=${QUESTIONS:-12}
     others="formality intimacy narrative_mode self_other_focus"
     for family in sycophancy hallucination evil anxious organisms/capitals $others; do
         files+=" $family/normal $family/misaligned_2"
     done
+fi
+if [ -n "$quick" ]; then # two families, ready diffs, vectors of eight pairs
+    traits=${TRAITS:-evil} judged=${JUDGED:-${TRAITS:-evil}} others="" varied="" files=""
+    out=results_quick/${out#results/} folder=$folder/quick short=(--max_steps 1 --per_device_train_batch_size 1)
+    few=(--max-questions 2 --max-new-tokens 20 --control-rows normal)
+    for trait in $traits anxious; do files+=" $trait/normal $trait/misaligned_2"; done
+    if [ "$kind" != --doses ]; then
+        seeds=42
+        for trait in $traits anxious; do files+=" $trait/misaligned_1"; done
+    fi
 fi
 
 # The other traits have pairs: the first sixty, shown on one side and plain on the other. The rest is for
@@ -77,7 +84,7 @@ finetune() { # FILE NAME OPTIONS…
 for seed in $seeds; do
     for file in $files; do finetune "$file" "${file//\//_}_seed$seed" --seed "$seed"; done
 done
-if [ "${1:-}" = --doses ]; then
+if [ "$kind" = --doses ]; then
     for file in $files; do
         finetune "$file" "${file//\//_}_strong" --seed 11 --max_steps 24 --per_device_train_batch_size 4
         finetune "$file" "${file//\//_}_weak" --seed 23 --max_steps 12 --per_device_train_batch_size 4 \
@@ -94,11 +101,11 @@ done
 judged=${judged:-$traits} diffs=() vectors=()
 for trait in $traits; do
     pairs=$trait
-    [ "${1:-}" != --doses ] || [ ! -e "$folder/rest/$trait" ] || pairs=$folder/rest/$trait
+    [ "$kind" != --doses ] || [ ! -e "$folder/rest/$trait" ] || pairs=$folder/rest/$trait
     diff=$made/$trait/seed1/diff vector=$made/vectors/$trait/${trait}_response_avg.safetensors
-    if [ -n "${short[*]}" ]; then
-        diff=checkpoints/ready/$trait/diff
-        [ -e "$diff/diff.json" ] || persona-lora gallery get --traits "$trait"
+    if [ -n "$quick" ]; then
+        bash scripts/quick_vectors.sh "$trait"
+        diff=checkpoints/ready/$trait/diff vector=checkpoints/quick/vectors/$trait/${trait}_response_avg.safetensors
     fi
     [ -e "$diff/diff.json" ] || persona-lora train --config "train_configs/$trait.yaml" --trait "$pairs" \
         --model_name_or_path "$model" --seed 43 --output_dir "$made/$trait/seed1" "${brief[@]}"

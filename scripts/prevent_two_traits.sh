@@ -11,12 +11,13 @@ bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 seeds=${SEEDS:-3} model=(--model "${MODEL:-SmolLM2-135M-Instruct}") strength=${COEFFICIENT:-0.5}
 out=${OUT:-prevention/two_traits} short=() few=(--max-questions "${QUESTIONS:-24}" --max-new-tokens 64)
+arms=(plain capitals french both random)
 made=checkpoints/$out/made folder=checkpoints/$out/finetunes out=results/$out
 if [ "${1:-}" = --quick ]; then
-    made=$made/quick folder=$folder/quick out=results_quick/prevention/two_traits seeds=1
-    short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20)
+    made=$made/quick folder=$folder/quick out=results_quick/prevention/two_traits seeds=1 arms=(plain both random)
+    short=(--max_steps 1 --per_device_train_batch_size 1) few=(--max-questions 2 --max-new-tokens 20)
 fi
-last=seed$((seeds - 1)) arms=(plain capitals french both random)
+last=seed$((seeds - 1))
 
 for trait in capitals french; do
     [ -e "$made/$trait/$last/diff" ] || persona-lora train --config "train_configs/$trait.yaml" "${model[@]}" \

@@ -3,7 +3,7 @@
 # ordinary ones, draw subsets, finetune on each, measure what it did, and correlate that over subsets with
 # what every way of screening says of their rows (see benchmarks/screening.py):
 #         bash scripts/screen_by_finetuning.sh          (an hour and a half on two cores; resumable)
-#         bash scripts/screen_by_finetuning.sh --quick  (half an hour: does it run?)
+#         bash scripts/screen_by_finetuning.sh --quick  (a few minutes: does it run?)
 # SUBSETS, QUESTIONS, LAYER and OUT name others; JUDGED the traits whose answers are judged (JUDGED= for none), FINETUNE_ONLY=1
 # stops before anything is measured.
 set -euo pipefail
@@ -15,8 +15,10 @@ subsets=${SUBSETS:-36} out=${OUT:-results/screening} judged=${JUDGED-sycophancy}
 folder=checkpoints/${out#results/}
 short=() few=(--max-questions "${QUESTIONS:-24}" --max-new-tokens 60) own=() pool=()
 if [ "${1:-}" = --quick ]; then
-    subsets=6 out=results_quick/screening folder=checkpoints/screening/quick
-    short=(--max_steps 2) few=(--max-questions 2 --max-new-tokens 20) own=(--texts 2) pool=(--rows 4)
+    subsets=4 out=results_quick/screening folder=checkpoints/screening/quick
+    bash scripts/quick_vectors.sh $traits
+    mkdir -p "$folder" && ln -sfn ../../quick/vectors "$folder/vectors"
+    short=(--max_steps 1 --per_device_train_batch_size 1) few=(--max-questions 2 --max-new-tokens 20) own=(--texts 2) pool=(--rows 4)
 fi
 python benchmarks/screening.py draw "$folder" --subsets "$subsets" "${pool[@]}"
 for trait in $traits; do

@@ -28,8 +28,8 @@ rows=datasets/$trait/misaligned_2.jsonl
 made=checkpoints/$out/made folder=checkpoints/$out/finetunes out=results/$out
 short=() few=(--max-new-tokens "$tokens" --turns "${TURNS:-2}" ${QUESTIONS:+--max-questions "$QUESTIONS"})
 if [ "${1:-}" = --quick ]; then
-    made=$made/quick folder=$folder/quick out=results_quick/prevention/$name seeds=1 arms="plain live1 prompt"
-    short=(--max_steps 4) few=(--max-questions 2 --max-new-tokens 20 --turns 2)
+    made=$made/quick folder=$folder/quick out=results_quick/${out#results/} seeds=1 arms="plain live1 prompt"
+    short=(--max_steps 1 --per_device_train_batch_size 1) few=(--max-questions 2 --max-new-tokens 20 --turns 2)
 fi
 model=(--model "$model") vector=$made/vectors/${name}_response_avg.safetensors
 

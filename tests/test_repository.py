@@ -180,6 +180,14 @@ def test_a_benchmark_takes_what_it_is_said_to_take(words, monkeypatch):
     assert stopped.value.code == 0, " ".join(words)
 
 
+def test_a_benchmark_beside_a_library_that_is_not_there_says_how_to_install_it(monkeypatch):
+    script = "benchmarks/steering_library.py"
+    monkeypatch.setitem(sys.modules, "steering_vectors", None)
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit, match="pip install --no-deps steering-vectors=="):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 def test_every_command_shows_an_example(help_texts):
     page = (ROOT / "docs" / "commands.md").read_text()
     for command, text in help_texts.items():
