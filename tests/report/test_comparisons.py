@@ -55,7 +55,8 @@ def evaluated(folder, name, level, seed):
     run = Run.open(folder / name, command="evaluate", config={"trait": "evil"}, seed=0)
     asked = [int(each) for each in rng.permutation(np.repeat(np.arange(9), 2))]
     answers = [
-        {"row": row, "question_id": each, "question": f"q{each}"} for row, each in enumerate(asked)
+        {"row": row, "method": "none", "question_id": each, "question": f"q{each}"}
+        for row, each in enumerate(asked)
     ]
     run.write("answers", answers)
     run.write(
