@@ -319,7 +319,8 @@ class MixOptions:
 
 
 Engines = Annotated[
-    tuple[str, ...], "vLLM servers that answer, started by engine command: URL,URL."
+    tuple[str, ...],
+    "Servers that answer: URL,URL. vLLM with a basis (engine command), or any other as URL#MODEL.",
 ]
 
 
@@ -330,17 +331,21 @@ class EngineOptions:
     engine: Engines = ()
 
     def record(self) -> dict[str, str]:
-        """Return what a run's configuration keeps; it may go on with other servers."""
+        """Return what a run's configuration keeps; it may go on with other servers of that kind.
+
+        UserError for a server that is not there.
+        """
+        from persona_lora.engines.remote import engine_kind
         from persona_lora.steering.bank import ENGINE
 
-        return {ENGINE: "vllm"} if self.engine else {}
+        return {ENGINE: engine_kind(self.engine)} if self.engine else {}
 
     def check(self, *, diffs_alone: bool, shared: bool = False) -> None:
         """UserError for what an engine cannot do, before a model is loaded.
 
         ``shared``: the model in this process answers what it cannot.
         """
-        from persona_lora.engines.remote import engine_url
+        from persona_lora.engines.connection import engine_url
         from persona_lora.steering.bank import NO_ENGINE
 
         if not self.engine:
