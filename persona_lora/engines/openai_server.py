@@ -20,8 +20,8 @@ from persona_lora.models.likelihood import text_logprobs, tokenize_exchange
 from persona_lora.models.loading import ChatModel
 from persona_lora.models.structure import embedding_rows
 
-TOLERANCE = 0.15  # nats, on average: two ways of computing one model, in bf16 or by rounded inputs
-UNLIKELY = 0.5  # nats under the likeliest token: what is chosen then was not chosen by likelihood
+UNLIKELY = 4.0  # tolerances under the likeliest token: then it was not chosen by likelihood
+PLACES = 12  # of one text, or a few more
 LIKELIEST = 200  # tokens of a place that are known here
 # Of whom it is known that with BESIDE they sample from the model's own probabilities.
 SAMPLES_ALIKE = ("persona-lora", "llamacpp")
@@ -67,17 +67,17 @@ class Manner:
 
 
 def places_of(chat_model: ChatModel, exchanges: Sequence[Exchange]) -> list[Place]:
-    """Return the places of all tokens of the answers; those that are read so as text as well."""
+    """Return places all along the answers; those that are read so as text as well."""
     found = []
     top = min(LIKELIEST, embedding_rows(chat_model.model))
     for exchange in exchanges:
         asked, answer = tokenize_exchange(chat_model, exchange)
         likeliest = text_logprobs(chat_model, asked + answer, top)[-len(answer) :]
-        for at, each in enumerate(likeliest):
+        for at in range(0, len(answer), max(1, len(answer) // PLACES)):
             tokens = asked + answer[:at]
             text = chat_model.tokenizer.decode(tokens)
             if chat_model.tokenize([text]) == [tokens]:
-                found.append(Place(text, tokens, each.likeliest))
+                found.append(Place(text, tokens, likeliest[at].likeliest))
     return found
 
 
@@ -89,6 +89,7 @@ class OpenAIServer:
     model: str
     owner: str
     chat_model: ChatModel
+    tolerance: float  # nats on average
     manner: Manner = field(default_factory=lambda: Manner(ids=True, beside=BESIDE))
 
     async def shake_hands(self, places: Sequence[Place]) -> None:
@@ -112,7 +113,7 @@ class OpenAIServer:
             if told and here is not None:
                 differences.append(abs(told[0].logprob - here))
         mean = sum(differences) / max(len(differences), 1)
-        if mean > TOLERANCE or worst > UNLIKELY:
+        if mean > self.tolerance or worst > UNLIKELY * self.tolerance:
             self._refuse(mean, worst, chosen)
         if 2 * len(differences) < len(places):
             raise UserError(
@@ -128,7 +129,10 @@ class OpenAIServer:
                 f"{self.owner!r}); ask with --temperature 0, {OTHERS}"
             )
         longest = max(rows, key=lambda row: len(row.tokens))
-        text = longest.prompt + " a" * (longest.sampling["max_tokens"] - 1)
+        room = longest.sampling["max_tokens"] - 1
+        (filled,) = self.chat_model.tokenize([longest.prompt + " a" * room])
+        words = room * room // max(len(filled) - len(longest.tokens), room, 1)
+        text = longest.prompt + " a" * words
         (tokens,) = self.chat_model.tokenize([text])
         try:
             await self._complete(text, tokens, max_tokens=1, temperature=0.0)
@@ -248,12 +252,12 @@ class OpenAIServer:
     def _refuse(self, mean: float, worst: float, said: str) -> NoReturn:
         raise UserError(
             f"{self.connection.url} does not continue texts as {self.chat_model.name} does here: "
-            f"the log-probabilities of its tokens differ by {mean:.2f} nats on average (at most "
-            f"{TOLERANCE}), and it chose {said!r}, {worst:.2f} nats less likely than the "
-            f"likeliest (at most {UNLIKELY}). It serves another model or another quantisation, "
-            "changes prompts, or samples otherwise; give --model what it serves (a GGUF file can "
-            "be loaded), name another of its models (--engine URL#MODEL), or switch off its "
-            "penalties"
+            f"the log-probabilities of its tokens differ by {mean:.4f} nats on average (at most "
+            f"{self.tolerance:g}), and one of them, {said!r}, is {worst:.4f} nats less likely than "
+            f"the likeliest (at most {UNLIKELY * self.tolerance:g}). It serves another model, "
+            "changes prompts, has penalties, or rounds otherwise: give --model what it serves (a "
+            "GGUF file can be loaded) or name another of its models (--engine URL#MODEL); if it is "
+            "only quantised, allow more (--engine-tolerance, which the run records)"
         )
 
 
@@ -278,4 +282,4 @@ def _told(choice: Mapping[str, Any]) -> list[Told]:
         known = token is None or (isinstance(token, int) and 0 <= token < 2**32)
         if not (known and isinstance(text, str) and finite(value)):
             raise Fault(f"it tells of a token as {text!r} with {value!r} nats", status=MALFORMED)
-    return [Told(token, text, float(value)) for token, text, value in told]
+    return [Told(token, str(text), float(value or 0)) for token, text, value in told]

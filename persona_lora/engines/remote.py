@@ -98,7 +98,8 @@ class Engine:
     chat_model: ChatModel
     held: Collection[str]
     handshakes: Sequence[Handshake]
-    kind: str = VLLM
+    kind: str
+    tolerance: float
 
     @cached_property
     def places(self) -> list[Place]:
@@ -121,17 +122,16 @@ class Engine:
         if held.kind != self.kind:
             raise UserError(f"{server.url} is {MAKES[held.kind]} now, and was {MAKES[self.kind]}")
         if self.kind == OPENAI:
-            other = OpenAIServer(server, held.model, held.owner, self.chat_model)
+            other = OpenAIServer(server, held.model, held.owner, self.chat_model, self.tolerance)
             await other.shake_hands(self.places[::every])
             return other
-        tolerance = TOLERANCE.get(self.chat_model.model.dtype, USUAL_TOLERANCE)
         for handshake in self.handshakes:
             name = held.name(handshake.coefficients)
             for exchange, expected in zip(EXCHANGES, handshake.expected, strict=True):
                 ids = tokenize_exchange(self.chat_model, exchange)
                 found = await server.logprobs(name, ids.prompt + ids.answer)
                 mean = sum(found[-len(ids.answer) :]) / len(ids.answer)
-                if not abs(mean - expected) <= tolerance:
+                if not abs(mean - expected) <= self.tolerance:
                     raise UserError(
                         f"{server.url} gives {mean:.4f} nats a token under {name!r} where this "
                         f"model gives {expected:.4f}: it serves another model, another type "
@@ -187,23 +187,37 @@ def check_servers(urls: Sequence[str], diffs: Sequence[LoRADiff]) -> None:
     run_to_end(_ask_all(list(map(engine_url, urls)), named))
 
 
-def open_engine(urls: Sequence[str], chat_model: ChatModel, diffs: Sequence[LoRADiff]) -> Engine:
-    """Return the servers at ``urls``, once each has shown that it answers as this model does."""
+def open_engine(
+    urls: Sequence[str],
+    chat_model: ChatModel,
+    diffs: Sequence[LoRADiff],
+    tolerance: float | None = None,
+) -> Engine:
+    """Return the servers at ``urls``, once each has shown that it answers as this model does.
+
+    ``tolerance``: nats by which log-probabilities may differ on average; by the model's type where
+    it is None.
+    """
     places = tuple(dict.fromkeys(map(engine_url, urls)))
     if not places:
         raise UserError("an engine needs the URL of at least one server")
     held = {short_digest(diff): diff for diff in diffs}
+    if tolerance is None:
+        tolerance = TOLERANCE.get(chat_model.model.dtype, USUAL_TOLERANCE)
     with progress.silent():
         plain = Handshake({}, mean_logprobs(chat_model, EXCHANGES))
-        handshakes = [plain, *([_told_apart(chat_model, held, plain)] if held else [])]
-    engine = Engine(places, chat_model, frozenset(held), handshakes, engine_kind(places))
+        handshakes = [plain, *([_told_apart(chat_model, held, plain, tolerance)] if held else [])]
+    kind = engine_kind(places)
+    engine = Engine(places, chat_model, frozenset(held), handshakes, kind, tolerance)
     run_to_end(_ask_all(places, engine.greet))
     return engine
 
 
-def _told_apart(chat_model: ChatModel, held: Mapping[str, LoRADiff], plain: Handshake) -> Handshake:
+def _told_apart(
+    chat_model: ChatModel, held: Mapping[str, LoRADiff], plain: Handshake, tolerance: float
+) -> Handshake:
     """Return a mix of all diffs, each with another coefficient, that moves the texts for sure."""
-    least = TOLD_APART * TOLERANCE.get(chat_model.model.dtype, USUAL_TOLERANCE)
+    least = TOLD_APART * tolerance
     for strength in STRENGTHS:
         terms = {diff: strength / (number + 1) for number, diff in enumerate(held.values())}
         with steer_live(chat_model, terms):
