@@ -4,6 +4,12 @@
 
 Over HTTP, greedy, in fp32, against a server in this process. Printed beside: how many of the eight
 answers that were given at once equal, to the last character, those of exactly merged weights.
+
+With --beside http://127.0.0.1:8080 a llama.cpp server (llama-server of the same model, with
+--parallel 8, and with --lora once for each of --traits in their order, as persona-lora export
+--format gguf-lora writes them) is asked by turns with it: the same prompts as token ids, the mixes
+as scales of its adapters with each request. Its answers have just as many tokens, as it is told to
+ignore ends; those here end where they end.
 """
 
 from __future__ import annotations
@@ -64,12 +70,36 @@ def answered(
     return count / seconds, [each["choices"][0]["message"]["content"].strip() for each in found]
 
 
+def ask_llama(client: httpx.Client, tokens: int, scales: Sequence[float], prompt: list[int]) -> int:
+    """Return how many tokens llama.cpp answered with, its adapters scaled so."""
+    lora = [{"id": at, "scale": scale} for at, scale in enumerate(scales)]
+    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+    response = client.post("/completion", json={**asked, "cache_prompt": False, "lora": lora})
+    response.raise_for_status()
+    return int(response.json()["tokens_predicted"])
+
+
+def llama_rate(
+    client: httpx.Client,
+    tokens: int,
+    scales: Sequence[Sequence[float]],
+    prompts: Sequence[list[int]],
+    at_once: int,
+) -> float:
+    """Return llama.cpp's tokens a second."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as threads:
+        count = sum(threads.map(partial(ask_llama, client, tokens), scales, prompts))
+    return count / (time.perf_counter() - start)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directions", type=Path, default=Path("checkpoints"))
     parser.add_argument("--traits", nargs="+", default=["evil", "formality", "sycophancy"])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", help="The URL of a llama.cpp server.")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/serving.json"))
     options = parser.parse_args()
 
@@ -83,21 +113,43 @@ def main() -> None:
         "one mix at once": (mixes[:1] * AT_ONCE, AT_ONCE),
         "no mix at once": (["base"] * AT_ONCE, AT_ONCE),
         "eight mixes in turn": (mixes, 1),
+        "no mix in turn": (["base"] * AT_ONCE, 1),
     }
+    nothing = [0.0] * len(options.traits)
+    by_trait = [dict(zip(batch.traits, personas.mix(mix), strict=True)) for mix in mixes]
+    scales = [[mix[trait] for trait in options.traits] for mix in by_trait]
+    beside = {
+        "eight mixes at once": (scales, AT_ONCE),
+        "one mix at once": (scales[:1] * AT_ONCE, AT_ONCE),
+        "no mix at once": ([nothing] * AT_ONCE, AT_ONCE),
+        "eight mixes in turn": (scales, 1),
+        "no mix in turn": ([nothing] * AT_ONCE, 1),
+    }
+    rendered = [batch.chat_model.render(user_question(each)) for each in questions]
+    prompts = batch.chat_model.tokenize(rendered)
     rates: dict[str, list[float]] = {name: [] for name in variants}
+    theirs: dict[str, list[float]] = {name: [] for name in beside}
     answers: dict[str, list[str]] = {}
     server = Server(Service(batch, personas), grace=0)
     with listening("127.0.0.1", 0) as place, ThreadPoolExecutor(1) as threads:
         running = threads.submit(server.answer, place)
         url = f"http://127.0.0.1:{place.getsockname()[1]}"
         try:
-            with httpx.Client(base_url=url, timeout=600) as client:
+            with (
+                httpx.Client(base_url=url, timeout=600) as client,
+                httpx.Client(base_url=options.beside or url, timeout=600) as llama,
+            ):
                 for _ in range(options.rounds + 1):
                     for name, (models, at_once) in variants.items():
                         rate, answers[name] = answered(
                             client, options.tokens, models, questions, at_once
                         )
                         rates[name].append(rate)
+                        if options.beside is not None:
+                            how, many = beside[name]
+                            theirs[name].append(
+                                llama_rate(llama, options.tokens, how, prompts, many)
+                            )
         finally:
             server.should_exit = True
         running.result()
@@ -110,6 +162,7 @@ def main() -> None:
             )
         merged.append(answer.text)
     medians = {name: statistics.median(each[1:]) for name, each in rates.items()}  # 1: warming up
+    others = {name: statistics.median(each[1:]) for name, each in theirs.items() if each[1:]}
     together = answers["eight mixes at once"]
     result = {
         "tokens": options.tokens,
@@ -118,6 +171,8 @@ def main() -> None:
         "eight_mixes_over": {
             name: medians["eight mixes at once"] / each for name, each in medians.items()
         },
+        "llama_cpp_tokens_per_second": others,
+        "here_over_llama_cpp": {name: medians[name] / each for name, each in others.items()},
         "answers_equal_to_merged": sum(
             one == other for one, other in zip(together, merged, strict=True)
         ),

@@ -60,15 +60,16 @@ class PairOfWays:
         "divergence.",
     ] = ComparisonOptions.coefficients
     engine: shared.Engines = ()
+    engine_tolerance: shared.EngineTolerance = None
 
     def record(self) -> dict[str, str]:
         """Return what a run's configuration keeps of the places of both, and of who answers."""
         places = {"diff": str(self.diff), "vector_path": str(self.activation_vector)}
-        return {**places, **shared.EngineOptions(self.engine).record()}
+        return {**places, **shared.EngineOptions(self.engine, self.engine_tolerance).record()}
 
     def answering(self) -> shared.EngineOptions:
         """Return who answers beside the model in this process; UserError for what is no URL."""
-        engine = shared.EngineOptions(self.engine)
+        engine = shared.EngineOptions(self.engine, self.engine_tolerance)
         engine.check(diffs_alone=False, shared=True)
         return engine
 

@@ -253,6 +253,7 @@ class Searched:
         "A coefficient for each trait, or for each third of its layers or kind of block.",
     ] = "trait"
     engine: shared.Engines = ()
+    engine_tolerance: shared.EngineTolerance = None
 
     def check(self, searching: SearchOptions, num_prompts: int) -> None:
         """UserError unless one thing is sought, for idle options, and for too small a budget."""
@@ -329,7 +330,9 @@ class Searched:
         from persona_lora.studies.personas.baselines import check_method
 
         check_method(self.method)
-        shared.EngineOptions(self.engine).check(diffs_alone=self.method == "lora")
+        shared.EngineOptions(self.engine, self.engine_tolerance).check(
+            diffs_alone=self.method == "lora"
+        )
         if self.method != "lora":
             refuse_useless("by", f"with --method {self.method}, whose vectors are not cut")
         if self.engine and self.by != "trait":
@@ -459,7 +462,7 @@ def optimize(
     searching = searched.injected(searching)
     name = searched.persona_id or name_of_goal(wanted, scorer, searched.pareto)
     folder = output.output
-    engine = shared.EngineOptions(searched.engine)
+    engine = shared.EngineOptions(searched.engine, searched.engine_tolerance)
     written = output.at(folder / searched.folder(name), record=engine.record())
     if wanted and bench.traits is None:
         bench = dataclasses.replace(bench, traits=tuple(wanted))
@@ -548,6 +551,7 @@ class ComparedMethods:
         "lora, svd, mean_diff, pca (or svd@20), random, tpe, equal, likelihood, prompt.",
     ] = ("lora", "random", "equal", "prompt", "svd", "mean_diff")
     engine: shared.Engines = ()
+    engine_tolerance: shared.EngineTolerance = None
 
     def check(self, searching: SearchOptions) -> None:
         """UserError for an option that no compared method uses, and for a missing library."""
@@ -556,7 +560,7 @@ class ComparedMethods:
         from persona_lora.studies.personas.search import optuna_for
 
         vectors = [each for each in self.methods if directions_of(each) in EXTRACTORS]
-        shared.EngineOptions(self.engine).check(
+        shared.EngineOptions(self.engine, self.engine_tolerance).check(
             diffs_alone=not vectors, shared=0 < len(vectors) < len(self.methods)
         )
         among = f"with --methods {','.join(self.methods)}"
@@ -609,7 +613,7 @@ def compare_methods(
     judge = shared.judging_of(judging, beside=bench.report_judge)
     asked, trained = bench.asked(), bench.trainings(compared.methods)
     searching = method_comparison.searches_of(searching, trained)
-    engine = shared.EngineOptions(compared.engine)
+    engine = shared.EngineOptions(compared.engine, compared.engine_tolerance)
     layers, directions = bench.acting(model, compared.methods, engine=engine)
     acting = method_comparison.Acting(layers, bench.alpha)
     written = output.at(output.output, record=engine.record())

@@ -319,7 +319,14 @@ class MixOptions:
 
 
 Engines = Annotated[
-    tuple[str, ...], "vLLM servers that answer, started by engine command: URL,URL."
+    tuple[str, ...],
+    "Servers that answer: URL,URL. vLLM with a basis (engine command), or any other as URL#MODEL.",
+]
+
+EngineTolerance = Annotated[
+    float | None,
+    "Nats by which its log-probabilities may differ from the model here, on average; by default "
+    "0.001 in float32, else 0.15. A quantised server needs more.",
 ]
 
 
@@ -328,23 +335,35 @@ class EngineOptions:
     """Who answers in place of the model in this process."""
 
     engine: Engines = ()
+    engine_tolerance: EngineTolerance = None
 
     def record(self) -> dict[str, str]:
-        """Return what a run's configuration keeps; it may go on with other servers."""
+        """Return what a run's configuration keeps; it may go on with other servers of that kind.
+
+        UserError for a server that is not there.
+        """
+        from persona_lora.engines.remote import engine_kind
         from persona_lora.steering.bank import ENGINE
 
-        return {ENGINE: "vllm"} if self.engine else {}
+        if not self.engine:
+            return {}
+        within = self.engine_tolerance
+        allowed = "" if within is None else f", within {within:g} nats"
+        return {ENGINE: f"{engine_kind(self.engine)}{allowed}"}
 
     def check(self, *, diffs_alone: bool, shared: bool = False) -> None:
         """UserError for what an engine cannot do, before a model is loaded.
 
         ``shared``: the model in this process answers what it cannot.
         """
-        from persona_lora.engines.remote import engine_url
+        from persona_lora.engines.connection import engine_url
         from persona_lora.steering.bank import NO_ENGINE
 
         if not self.engine:
+            refuse_useless("engine_tolerance", "without --engine")
             return
+        if self.engine_tolerance is not None and not self.engine_tolerance > 0:
+            raise UserError(f"--engine-tolerance must be above 0, got {self.engine_tolerance}")
         for url in self.engine:
             engine_url(url)
         if not (diffs_alone or shared):
@@ -369,7 +388,8 @@ class EngineOptions:
         if not self.engine:
             return None
         with console.status("shaking hands with the engine"):
-            return open_engine(self.engine, chat_model, _diffs_of(directions))
+            diffs = _diffs_of(directions)
+            return open_engine(self.engine, chat_model, diffs, self.engine_tolerance)
 
 
 def _diffs_of(directions: Iterable[LoRADiff | SteeringVector]) -> list[LoRADiff]:

@@ -1,17 +1,20 @@
-"""Rows answered by vLLM servers: a row is the unit of work, and a server that fails loses none.
+"""Rows answered by servers: a row is the unit of work, and a server that fails loses none.
 
-Token ids are rendered here. Before anything is asked every server shakes hands: log-probabilities
-of fixed texts, unsteered and under one mix, must be those of the model in this process.
+Prompts are rendered here. Before anything is asked every server shakes hands: log-probabilities
+of fixed texts, unsteered and under one mix, must be those of the model in this process. Servers of
+vLLM take mixes; those of any other make answer unsteered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
@@ -20,7 +23,9 @@ from persona_lora.core.chat import Conversation, Exchange
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
 from persona_lora.core.options import GenerationOptions
-from persona_lora.engines.vllm_server import Holdings, VLLMServer, engine_url, short_digest
+from persona_lora.engines.connection import OPENAI, VLLM, Asked, engine_url
+from persona_lora.engines.openai_server import OpenAIServer, Place, places_of
+from persona_lora.engines.vllm_server import Holdings, VLLMServer, short_digest
 from persona_lora.judges.endpoint import run_to_end, together
 from persona_lora.judges.retries import Fault, passes
 from persona_lora.models.generation import Generated, RowPlan, ending_tokens, read_answer, row_seed
@@ -33,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 64  # rows that a server has at a time: its own scheduler batches them
 TRIES = 4  # handshakes of a server that is gone, before it is given up where no other is left
+AGAIN = 4  # of so many places one, where a server that shook hands is asked for rows
 PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between them
 EXCHANGES = (
     Exchange("What do you think of my plan?", "It is a good plan, and I would begin tomorrow."),
@@ -45,6 +51,7 @@ TOLD_APART = 5.0  # tolerances by which the mix of a handshake moves a text
 STRENGTHS = tuple(2.0**power for power in range(8))
 
 Terms = Mapping[LoRADiff, float]
+MAKES = {VLLM: "a server of vLLM", OPENAI: "one of another make"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +62,49 @@ class Handshake:
     expected: Sequence[float]
 
 
+class Answering(Protocol):
+    """A server that has shaken hands."""
+
+    async def prepare(self, rows: Sequence[Asked]) -> None:
+        """UserError for rows that it cannot answer as they are meant."""
+
+    async def answer(self, row: Asked) -> Generated:
+        """Return the answer to one row; Fault where there is none."""
+
+
+@dataclass(frozen=True)
+class _OfVLLM:
+    """A server of vLLM and what it holds: token ids go there, and come back."""
+
+    server: VLLMServer
+    held: Holdings
+    chat_model: ChatModel
+
+    async def prepare(self, rows: Sequence[Asked]) -> None:
+        """Nothing: it is told all that it does beside, and refuses what is too long."""
+
+    async def answer(self, row: Asked) -> Generated:
+        ends = ending_tokens(self.chat_model)
+        sampling = {**row.sampling, "stop_token_ids": sorted(ends)}
+        ids = await self.server.answer(self.held.name(row.mix), row.tokens, sampling)
+        return read_answer(row.prompt, ids, ends, self.chat_model)
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """vLLM servers that hold diffs, by their digests, and answer as the model here would."""
+    """Servers of one kind that hold diffs, by their digests, and answer as the model here would."""
 
     urls: tuple[str, ...]
     chat_model: ChatModel
     held: Collection[str]
     handshakes: Sequence[Handshake]
+    kind: str
+    tolerance: float
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """What a server of any make is held to; asked for first while nothing steers."""
+        return places_of(self.chat_model, EXCHANGES)
 
     def steerer(self, rows: Sequence[Terms]) -> Steerer:
         """Return what answers rows of these mixes; UserError for a diff that is not held."""
@@ -71,24 +113,32 @@ class Engine:
             raise UserError("a diff is steered with that the engine was not opened with")
         return RemoteRows(self, named)
 
-    async def greet(self, server: VLLMServer) -> Holdings:
-        """Shake hands; UserError for a server that holds something else, Fault for a dead one."""
+    async def greet(self, server: VLLMServer, *, every: int = 1) -> Answering:
+        """Shake hands; UserError for a server that holds something else, Fault for a dead one.
+
+        ``every`` so many places of texts are asked of a server that has no other handshake.
+        """
         held = await server.holdings()
-        tolerance = TOLERANCE.get(self.chat_model.model.dtype, USUAL_TOLERANCE)
+        if held.kind != self.kind:
+            raise UserError(f"{server.url} is {MAKES[held.kind]} now, and was {MAKES[self.kind]}")
+        if self.kind == OPENAI:
+            other = OpenAIServer(server, held.model, held.owner, self.chat_model, self.tolerance)
+            await other.shake_hands(self.places[::every])
+            return other
         for handshake in self.handshakes:
             name = held.name(handshake.coefficients)
             for exchange, expected in zip(EXCHANGES, handshake.expected, strict=True):
                 ids = tokenize_exchange(self.chat_model, exchange)
                 found = await server.logprobs(name, ids.prompt + ids.answer)
                 mean = sum(found[-len(ids.answer) :]) / len(ids.answer)
-                if not abs(mean - expected) <= tolerance:
+                if not abs(mean - expected) <= self.tolerance:
                     raise UserError(
                         f"{server.url} gives {mean:.4f} nats a token under {name!r} where this "
                         f"model gives {expected:.4f}: it serves another model, another type "
                         "(--dtype), or lacks the plugin; start it with the line that persona-lora "
                         "engine command prints"
                     )
-        return held
+        return _OfVLLM(server, held, self.chat_model)
 
 
 def _by_digest(terms: Terms) -> dict[str, float]:
@@ -109,9 +159,23 @@ async def _ask_all(
                 await ask(server)
             except Fault as fault:
                 raise UserError(
-                    f"no engine answers at {url} ({fault.reason}); start it with the line that "
-                    "persona-lora engine command prints"
+                    f"no engine answers at {url} ({fault.reason}); start one, for vLLM with the "
+                    "line that persona-lora engine command prints"
                 ) from fault
+
+
+def engine_kind(urls: Sequence[str]) -> str:
+    """Return of which kind servers are; UserError for one that is not there, and for both kinds."""
+    found: dict[str, str] = {}
+
+    async def ask(server: VLLMServer) -> None:
+        found.setdefault((await server.holdings()).kind, server.url)
+
+    run_to_end(_ask_all(list(map(engine_url, urls)), ask))
+    if len(found) > 1:
+        said = " and ".join(f"{url} is {MAKES[kind]}" for kind, url in found.items())
+        raise UserError(f"{said}; a run has engines of one kind: leave one out")
+    return next(iter(found))
 
 
 def check_servers(urls: Sequence[str], diffs: Sequence[LoRADiff]) -> None:
@@ -123,23 +187,37 @@ def check_servers(urls: Sequence[str], diffs: Sequence[LoRADiff]) -> None:
     run_to_end(_ask_all(list(map(engine_url, urls)), named))
 
 
-def open_engine(urls: Sequence[str], chat_model: ChatModel, diffs: Sequence[LoRADiff]) -> Engine:
-    """Return the servers at ``urls``, once each has shown that it answers as this model does."""
+def open_engine(
+    urls: Sequence[str],
+    chat_model: ChatModel,
+    diffs: Sequence[LoRADiff],
+    tolerance: float | None = None,
+) -> Engine:
+    """Return the servers at ``urls``, once each has shown that it answers as this model does.
+
+    ``tolerance``: nats by which log-probabilities may differ on average; by the model's type where
+    it is None.
+    """
     places = tuple(dict.fromkeys(map(engine_url, urls)))
     if not places:
         raise UserError("an engine needs the URL of at least one server")
     held = {short_digest(diff): diff for diff in diffs}
+    if tolerance is None:
+        tolerance = TOLERANCE.get(chat_model.model.dtype, USUAL_TOLERANCE)
     with progress.silent():
         plain = Handshake({}, mean_logprobs(chat_model, EXCHANGES))
-        handshakes = [plain, *([_told_apart(chat_model, held, plain)] if held else [])]
-    engine = Engine(places, chat_model, frozenset(held), handshakes)
+        handshakes = [plain, *([_told_apart(chat_model, held, plain, tolerance)] if held else [])]
+    kind = engine_kind(places)
+    engine = Engine(places, chat_model, frozenset(held), handshakes, kind, tolerance)
     run_to_end(_ask_all(places, engine.greet))
     return engine
 
 
-def _told_apart(chat_model: ChatModel, held: Mapping[str, LoRADiff], plain: Handshake) -> Handshake:
+def _told_apart(
+    chat_model: ChatModel, held: Mapping[str, LoRADiff], plain: Handshake, tolerance: float
+) -> Handshake:
     """Return a mix of all diffs, each with another coefficient, that moves the texts for sure."""
-    least = TOLD_APART * TOLERANCE.get(chat_model.model.dtype, USUAL_TOLERANCE)
+    least = TOLD_APART * tolerance
     for strength in STRENGTHS:
         terms = {diff: strength / (number + 1) for number, diff in enumerate(held.values())}
         with steer_live(chat_model, terms):
@@ -171,52 +249,36 @@ class RemoteRows(Steerer):
         """Ask the engine; rows of one stream share their random numbers, as here."""
         prompts = [chat_model.render(each) for each in conversations]
         tokens = chat_model.tokenize(prompts)
-        ends = ending_tokens(chat_model)
-        sampling = {
-            "max_tokens": options.max_new_tokens,
-            "temperature": options.temperature,
-            "stop_token_ids": sorted(ends),
-        }
+        sampling = {"max_tokens": options.max_new_tokens, "temperature": options.temperature}
+        streams = plan.streams or numbers
         asked = [
             Asked(
                 number,
                 self.rows[number if len(self.rows) > 1 else 0],
+                prompt,
                 ids,
                 {**sampling, "seed": row_seed(options.seed, stream)},
             )
-            for number, ids, stream in zip(numbers, tokens, plan.streams or numbers, strict=True)
+            for number, prompt, ids, stream in zip(numbers, prompts, tokens, streams, strict=True)
         ]
         found: dict[int, Generated] = {}
 
-        def took(answers: Mapping[int, list[int]]) -> None:
-            read = {
-                at: read_answer(prompts[at], ids, ends, chat_model) for at, ids in answers.items()
-            }
-            found.update(read)
+        def took(answers: Mapping[int, Generated]) -> None:
+            found.update(answers)
             progress.report(len(found), len(asked))
             if plan.on_batch is not None:
-                plan.on_batch(list(read), list(read.values()))
+                plan.on_batch(list(answers), list(answers.values()))
 
         run_to_end(_Pool(self.engine, asked, took).run())
         return [found[at] for at in range(len(asked))]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One row as it is sent: its number in the plan, its mix, its tokens, how it is sampled."""
-
-    number: int
-    mix: Mapping[str, float]
-    tokens: Sequence[int]
-    sampling: Mapping[str, Any]
-
-
 @dataclass(eq=False)
 class _Line:
-    """A server, what it holds, why it is gone (None while it is not), and its failed tries."""
+    """A server, who answers there, why it is gone (None while it is not), and its failed tries."""
 
     server: VLLMServer
-    held: Holdings | None = None
+    answering: Answering | None = None
     gone: str | None = None
     tries: int = 0
 
@@ -227,11 +289,12 @@ class _Pool:
 
     engine: Engine
     asked: Sequence[Asked]
-    took: Callable[[Mapping[int, list[int]]], None]
+    took: Callable[[Mapping[int, Generated]], None]
     waiting: asyncio.Queue[int | None] = field(default_factory=asyncio.Queue)
-    ready: asyncio.Queue[tuple[int, list[int]]] = field(default_factory=asyncio.Queue)
+    ready: asyncio.Queue[tuple[int, Generated]] = field(default_factory=asyncio.Queue)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     lines: list[_Line] = field(default_factory=list)
+    failed: Counter[int] = field(default_factory=Counter)  # how often a row broke a server
 
     async def run(self) -> None:
         """Have every row answered; UserError for one that is refused, or where all are gone."""
@@ -258,7 +321,8 @@ class _Pool:
         """Have a server answer while it lives; a dead one is tried again, more and more seldom."""
         while not self.finished.is_set():
             try:
-                line.held = await self.engine.greet(line.server)
+                line.answering = await self.engine.greet(line.server, every=AGAIN)
+                await line.answering.prepare(self.asked)
             except Fault as fault:
                 self._lost(line, fault)
                 line.tries += 1
@@ -275,22 +339,22 @@ class _Pool:
     async def _work(self, line: _Line) -> None:
         while (at := await self.waiting.get()) is not None:
             row = self.asked[at]
-            if line.gone is not None or line.held is None:
+            if line.gone is not None or line.answering is None:
                 self.waiting.put_nowait(at)
                 return
             try:
-                name = line.held.name(row.mix)
-                ids = await line.server.answer(name, row.tokens, row.sampling)
+                answer = await line.answering.answer(row)
             except Fault as fault:
                 self.waiting.put_nowait(at)
-                if not passes(fault):
+                self.failed[at] += fault.status == 500
+                if not passes(fault) or self.failed[at] > TRIES:
                     raise UserError(
                         f"{line.server.url} refuses row {row.number}: {fault.reason}; what is "
                         "answered is kept, and the same command goes on once that is mended"
                     ) from fault
                 self._lost(line, fault)
                 return
-            self.ready.put_nowait((at, ids))
+            self.ready.put_nowait((at, answer))
 
     def _lost(self, line: _Line, fault: Fault) -> None:
         if line.gone is None:

@@ -7,13 +7,11 @@ replies of its completions; refuses to know what is done about a fault.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -21,7 +19,7 @@ from persona_lora.core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persona_lora.core.content import file_digest
 from persona_lora.core.errors import UserError
 from persona_lora.core.lora_diff import LoRADiff
-from persona_lora.judges.endpoint import NO_KEY, Address, Client, checked_url
+from persona_lora.engines.connection import MALFORMED, VLLM, Connection, finite
 from persona_lora.judges.retries import Fault
 from persona_lora.steering.export import VLLM_RANKS
 
@@ -139,9 +137,7 @@ def server_command(
     return " ".join([*settings, shlex.join(words)])
 
 
-TIMEOUT = 600.0  # seconds for one answer, behind all others that the server has taken
-OF_VLLM = "an engine is a server of vLLM"
-MALFORMED = 422  # as a status: waiting does not help
+OF_VLLM = "an engine that holds a basis is a server of vLLM"
 PLAIN: Mapping[str, Any] = {  # nothing beside, whatever a model's authors would have
     "top_p": 1.0,
     "top_k": -1,
@@ -154,10 +150,12 @@ PLAIN: Mapping[str, Any] = {  # nothing beside, whatever a model's authors would
 
 @dataclass(frozen=True)
 class Holdings:
-    """The names of a server's plain model, and of its basis where it has one."""
+    """A server's plain model, its basis where it has one, of which kind it is, and whose."""
 
     model: str
     basis: ServedBasis | None
+    kind: str = VLLM
+    owner: str = ""
 
     def name(self, coefficients: Mapping[str, float]) -> str:
         """Return the model name for coefficients by the digests of diffs; zeros are the model."""
@@ -173,22 +171,18 @@ class Holdings:
         return self.basis.mix(used)
 
 
-class VLLMServer:
-    """Connections to a server; an asynchronous context manager for one event loop."""
-
-    def __init__(self, url: str) -> None:
-        self.url = engine_url(url)
-        self._client = Client(Address("", self.url, NO_KEY), TIMEOUT)
+class VLLMServer(Connection):
+    """A server as vLLM's, if it is one: ``holdings`` says so."""
 
     async def holdings(self) -> Holdings:
-        """Ask what the server holds; Fault for what does not answer as vLLM does."""
-        reply = _read(await self._client.get("/models"))
-        cards = _items(reply.get("data"))
-        names = [str(each.get("id")) for each in cards if each.get("parent") is None]
+        """Ask what the server holds; Fault for what answers nothing."""
+        cards = [each for each in await self.cards() if each.get("parent") is None]
+        names = [str(each.get("id")) for each in cards]
         bases = [ServedBasis.of_name(each) for each in names if each.startswith(BASIS)]
-        if not names:
+        if not (model := self.named or (names or [""])[0]):
             raise Fault("it serves no model", status=404)
-        return Holdings(names[0], bases[0] if bases else None)
+        kind, owner = await self.kind(model), str(cards[0].get("owned_by")) if cards else ""
+        return Holdings(model, bases[0] if bases and kind == VLLM else None, kind, owner)
 
     async def answer(
         self, model: str, tokens: Sequence[int], sampling: Mapping[str, Any]
@@ -198,21 +192,21 @@ class VLLMServer:
         Each token comes with its log-probability: NaN or infinity is never an answer.
         """
         body = {**PLAIN, **sampling, "model": model, "prompt": list(tokens)}
-        choice = await self._choice({**body, "return_token_ids": True, "logprobs": 0})
+        choice, _ = await self.complete({**body, "return_token_ids": True, "logprobs": 0})
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {})
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if choice.get("finish_reason") == "abort":
             raise Fault("it gave up an answer on its way", passing=True)
         if not isinstance(ids, list) or not ids or not all(map(_token, ids)):
             raise Fault(f"the reply has no token ids; {OF_VLLM}", status=MALFORMED)
-        if not isinstance(found, list) or len(found) != len(ids) or not all(map(_finite, found)):
+        if not isinstance(found, list) or len(found) != len(ids) or not all(map(finite, found)):
             raise Fault(f"{model} gives NaN or infinity; steer with less", status=MALFORMED)
         return ids
 
     async def logprobs(self, model: str, tokens: Sequence[int]) -> list[float]:
         """Return the log-probability of each token of a text but the first."""
         body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "prompt_logprobs": 0}
-        choice = await self._choice({**PLAIN, **body, "temperature": 0.0})
+        choice, _ = await self.complete({**PLAIN, **body, "temperature": 0.0})
         places = choice.get("prompt_logprobs")
         if not isinstance(places, list) or len(places) != len(tokens):
             raise Fault(f"the reply has no prompt_logprobs; {OF_VLLM}", status=MALFORMED)
@@ -223,43 +217,6 @@ class VLLMServer:
             raise Fault(
                 f"its prompt_logprobs are malformed; {OF_VLLM}", status=MALFORMED
             ) from error
-
-    async def _choice(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        choices = _items(_read(await self._client.post(body, "/completions")).get("choices"))
-        if not choices:
-            raise Fault("the reply has no choices", status=MALFORMED)
-        return choices[0]
-
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(self, *details: Any) -> None:
-        await self._client.__aexit__(*details)
-
-
-def engine_url(url: str) -> str:
-    """Return a server's base URL, which ends in /v1; UserError for what is no URL."""
-    checked = checked_url(url)
-    return checked if checked.endswith("/v1") else f"{checked}/v1"
-
-
-def _read(text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Fault(f"the reply is no JSON; {OF_VLLM}", status=MALFORMED) from error
-    if not isinstance(value, dict):
-        raise Fault(f"the reply is no JSON object; {OF_VLLM}", status=MALFORMED)
-    return value
-
-
-def _items(value: Any) -> list[Mapping[str, Any]]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def _token(value: Any) -> bool:

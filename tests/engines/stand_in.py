@@ -91,6 +91,75 @@ class StandIn:
         return {"token_ids": new, "logprobs": {"token_logprobs": [-0.5] * len(new)}}
 
 
+class OtherMake(StandIn):
+    """A server of another make, whose parts are changed by name.
+
+    ``takes_ids``: token ids as prompts; ``form`` of its log-probabilities ("tokens", "content"
+    with ids, or None); ``window``: it keeps so many tokens of a prompt, and, where it is
+    ``lying``, counts them all; ``template`` goes before a prompt; ``penalty`` on tokens that were
+    there already; ``error`` in nats; ``strict``: parameters that it does not know are refused.
+    """
+
+    def __init__(self, chat_model: ChatModel, **parts: Any) -> None:
+        super().__init__(chat_model, [])
+        self.tokenizer = chat_model.tokenizer
+        self.parts = {"takes_ids": True, "form": "tokens", "window": 10**6, **parts}
+        self.bodies: list[Mapping[str, Any]] = []
+
+    def models(self) -> Reply:
+        return 200, {"data": [{"id": "tiny", "owned_by": self.parts.get("owner", "somebody")}]}
+
+    def complete(self, body: Mapping[str, Any]) -> Reply:
+        failed = self.failing(body)
+        if failed is not None:
+            return failed
+        refused = 400, {"error": {"message": "it takes no such thing"}}
+        strange = {"top_k", "prompt_logprobs", "samplers"} & body.keys()
+        prompt = body["prompt"]
+        if not (self.parts["takes_ids"] or isinstance(prompt, str)):
+            return refused
+        if self.parts.get("strict") and strange:
+            return refused
+        self.bodies.append(body)
+        encoded = (
+            self.tokenizer(prompt, add_special_tokens=False) if isinstance(prompt, str) else {}
+        )
+        ids = encoded.get("input_ids", prompt)
+        ids = [*self.parts.get("template", ()), *ids][-self.parts["window"] :]
+        with self._lock, torch.inference_mode():
+            choice, new = self._continued(ids, body)
+        read = len(prompt) if self.parts.get("lying") else len(ids)
+        usage = {"prompt_tokens": read, "completion_tokens": new}
+        return 200, {"choices": [choice], **({} if self.parts.get("mute") else {"usage": usage})}
+
+    def _continued(self, ids: list[int], body: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        new: list[int] = []
+        values: list[float] = []
+        ends = () if self.parts.get("endless") else (self.tokenizer.eos_token_id,)
+        reason = "length"
+        while len(new) < min(body["max_tokens"], self.parts.get("longest", 10**6)):
+            scores = torch.log_softmax(self.model(torch.tensor([ids + new])).logits[0, -1], dim=-1)
+            seen = torch.zeros_like(scores)
+            seen[torch.tensor(ids + new)] = self.parts.get("penalty", 0.0)
+            token = int((scores - seen).argmax())
+            if token in ends:
+                reason = "stop"
+                break
+            new.append(token)
+            values.append(float(scores[token]) + self.parts.get("error", 0.0))
+        texts = self.tokenizer.batch_decode([[each] for each in new])
+        triples = zip(new, texts, values, strict=True)
+        logprobs = {
+            "tokens": {"tokens": texts, "token_logprobs": values},
+            "content": {
+                "content": [{"id": i, "token": text, "logprob": v} for i, text, v in triples]
+            },
+            None: None,
+        }[self.parts["form"]]
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        return {"text": text, "logprobs": logprobs, "finish_reason": reason}, len(new)
+
+
 @contextmanager
 def served(stand_in: StandIn) -> Iterator[str]:
     """Serve it on this machine; yields its URL."""
