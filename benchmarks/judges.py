@@ -13,9 +13,10 @@ the number of rated answers, ``--surface`` what nine surface counts tell and exp
 ``--written`` how written answers of equal surface and graded content are ranked and what fitting to
 them as well does, ``--again`` how ratings of answers that lay hidden among later ones differ from
 the earlier ones, ``--models`` how both default judges agree on the answers of each model,
-``--spread`` how much there is to tell inside a condition, ``--errors`` how far the reader misses
-ratings by model and kind of condition and what that does to an effect, ``--asked`` how a language
-model agrees that is asked for a digit, with and without rated answers before it, and for yes or no.
+``--spread`` how much there is to tell inside a condition, ``--reliability`` draws mean ratings
+against mean scores, ``--errors`` how far the reader misses ratings by model and kind of condition
+and what that does to an effect, ``--asked`` how a language model agrees that is asked for a digit,
+with and without rated answers before it, and for yes or no.
 ``--likelihood`` adds what asks the language model for likelihoods; it takes longest.
 """
 
@@ -66,7 +67,7 @@ from persona_lora.judges.probe_judge import ProbeJudge, ReaderEvidence, Sentence
 from persona_lora.models.embeddings import SentenceEmbedder
 from persona_lora.models.likelihood import mean_logprobs, next_token_logprobs
 from persona_lora.models.loading import ChatModel, load_chat_model
-from persona_lora.report import wording
+from persona_lora.report import figures, wording
 from persona_lora.report.correction import Errors, errors_by_kind, put_right
 from persona_lora.report.rated import (
     Rated,
@@ -74,6 +75,7 @@ from persona_lora.report.rated import (
     kind_of_row,
     models_of,
     of_model,
+    reliability,
     scored,
     within,
     within_groups,
@@ -85,6 +87,7 @@ Scores = NDArray[np.float64]
 Rows = Sequence[RatedAnswer]
 FOLDS = GroupKFold(5)
 DATA = Path(__file__).parent / "data"
+QUIET = figures.Look(figures.MUTED, 0.8, dashes=figures.DASHED)
 
 
 class Bench:
@@ -312,6 +315,36 @@ def models(traits: Sequence[Trait], chat_model: ChatModel) -> None:
             cells.append(number(rater_agreement(some, "trait").within))
             counts = f"{len(some)}: {high}, {low}"
             print(f"| {trait.name} | {model} | {counts} | {' | '.join(cells)} |", flush=True)
+
+
+def reliability_picture(traits: Sequence[Trait], chat_model: ChatModel, path: Path) -> None:
+    """Draw mean ratings against mean scores of the reader, in bins, of the validation part."""
+    width, height, gap, columns = 1.85, 1.55, 0.62, 5
+    rows = len(traits) // columns + 1
+    figure = figures.new_figure(columns * (width + gap) + 0.3, rows * (height + gap) + 1.1)
+    panels = []
+    for at, trait in enumerate(traits):
+        found = ProbeJudge.of(ReaderEvidence(Reader(chat_model, trait))).validation[0]
+        drawn = [figures.Series("as rated", (0, 100), (0, 100), look=QUIET)]
+        for number_of, model in enumerate(models_of(_with_own(found)[1].compared)):
+            bins = reliability(of_model(_with_own(found)[1].compared, model))
+            look = figures.Look(width=1.4, size=4).apart(number_of)
+            places = tuple(each.score for each in bins), tuple(each.rating for each in bins)
+            drawn.append(figures.Series(model, *places, look=look))
+        below = rows - 1 - at // columns
+        corner = 0.6 + at % columns * (width + gap), 0.85 + below * (height + gap)
+        axes = figures.add_axes(
+            figure, (*corner, width, height), title=trait.name.replace("_", " "), size=9.5
+        )
+        panels.append(figures.lines(axes, drawn))
+        axes.set_xlim(-2, 102)
+        axes.set_xticks([0, 50, 100])
+        figures.score_scale(axes)
+    figures.legend(axes, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    title = "What the reader's scores mean: mean rating (up) against mean score (across)"
+    note = "Validation answers of either model, in bins of about equal numbers; on the line a score"
+    note += " is what raters gave."
+    figures.finish(figure, panels, title=title, note=note).save(path)
 
 
 def curve(bench: Bench, sizes: Sequence[int], draws: int = 10) -> None:
@@ -640,6 +673,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--written", action="store_true")
     parser.add_argument("--models", action="store_true")
+    parser.add_argument("--reliability", type=Path, default=None, help="where a picture is written")
     parser.add_argument("--spread", action="store_true")
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--asked", default=None, help="a language model that is asked for a number")
@@ -655,6 +689,9 @@ def main() -> None:
         return
     named = {} if options.reader is None else {"name": options.reader}
     chat_model = load_chat_model(dtype="float32", **named)
+    if options.reliability is not None:
+        reliability_picture(list(map(load_trait, options.traits)), chat_model, options.reliability)
+        return
     of_default = {"models": models, "spread": spread, "errors": errors}
     for name, shown in of_default.items():
         if getattr(options, name):
