@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything behind docs/results.md, on the packaged model (many hours on two cores; resumable: every
 # step keeps what is there), into results, with its tables in results/answers.md: bash scripts/reproduce.sh
-# bash scripts/reproduce.sh 2 3        only these parts: 1 to 5 are the questions, and 1b, 2b, 3b and 5b
+# bash scripts/reproduce.sh 2 3        only these parts: 1 to 5 are the questions, and 1b to 5b
 #                                      ask them of the second model (into results and results_second)
 # SECOND_MODEL=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf  where its makers' file lies; without it 1b to 5b are left out
 # bash scripts/reproduce.sh --quick    all of it in minutes, with ready diffs, vectors of eight pairs and few
@@ -10,7 +10,7 @@
 #                                      --quick 3: times as in full, of the ready diff (3 alone: of a rank of 32).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-all="1 1b 2 2b 3 3b 4 5 5b"
+all="1 1b 2 2b 3 3b 4 4b 5 5b"
 results=results quick=() second=${SECOND_MODEL:-} made=checkpoints/second few=(--max-new-tokens 20 --max-questions 3)
 short=() timed=(--latency)
 others=sycophancy,hallucination,corrigibility,self_other_focus,formality,intimacy,narrative_mode,emotional_tone
@@ -40,6 +40,7 @@ plan="1:weights or activations, three traits, three training seeds:2.5 hours:a m
 3:speed, with 5 (nine traits, three training seeds):2 hours:a minute
 3b:the second model, speed:half an hour:a minute
 4:persona searches over twelve personas, three training seeds:2 hours:a minute
+4b:the second model, persona searches over twelve personas:4 hours:a minute
 5:geometry of weights and activations, with 3:::
 5b:the second model, geometry of six traits:2 hours:a minute"
 while IFS=: read -r part what long brief; do
@@ -138,6 +139,19 @@ if asked 4; then
         SEEDS=3 PROTOCOL=docs/protocols/compare_methods.yaml METHODS=lora,random,equal,prompt ITERATIONS=6 PROMPTS=6 \
             bash scripts/compare_methods.sh episode-000{101,117,142,158,173,196}_{A,B}
     fi
+fi
+if begins 4b; then
+    persons=(episode-000{101,117,142,158,173,196}_{A,B}) budget=(6 8 6)
+    [ -z "${quick[*]}" ] || persons=("${persons[0]}") budget=(1 4 2)
+    for trait in self_other_focus formality intimacy narrative_mode emotional_tone; do
+        [ -e "$made/style/$trait/diff/diff.json" ] || python train_lora.py --config "train_configs/$trait.yaml" \
+            --model_name_or_path "$second" --output_dir "$made/style/$trait" "${short[@]:---max_steps=24}"
+    done
+    protocol=$(held compare_methods_0.5b.yaml)
+    persona-lora compare-methods $(printf -- '--persona-id %s ' "${persons[@]}") --methods lora,random,equal,prompt \
+        --trait-vector-dir "$made/style" ${protocol:+--protocol "$protocol"} --model "$second" --max-iterations "${budget[0]}" \
+        --population-size "${budget[1]}" --num-prompts "${budget[2]}" --max-new-tokens 30 --min-coherence 80 \
+        --min-relevance 85 --output "${results}_second/personas"
 fi
 [ -z "$lane" ] || wait "$lane" || { tail -n 20 $results/part_2.log >&2 && exit 1; }
 asked 1 2 3 4 5 || exit 0

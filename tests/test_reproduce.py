@@ -19,10 +19,11 @@ from tests.scenes import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 SECOND = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-PARTS = ["1", "1b", "2", "2b", "3", "3b", "4", "5", "5b"]
+PARTS = ["1", "1b", "2", "2b", "3", "3b", "4", "4b", "5", "5b"]
 NOTED = """#!/bin/bash
 [ "$1" != - ] || exec {python} "$@"
-{{ printf '%q ' {name} "$@"; echo; }} >>"$NOTED"
+line=$(printf '%q ' {name} "$@")
+echo "$line" >>"$NOTED"
 """
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "results.md").read_text(), re.S)
 
@@ -90,7 +91,7 @@ def test_without_its_file_the_parts_of_the_second_model_say_how_they_are_made(ca
     assert done.returncode == 0, done.stderr
     assert not [words for words in noted if SECOND in words or "0.5b" in shlex.join(words)]
     left = [line for line in done.stdout.splitlines() if "left out" in line]
-    assert [line.split()[1].rstrip(":") for line in left] == ["1b", "2b", "3b", "5b"]
+    assert [line.split()[1].rstrip(":") for line in left] == ["1b", "2b", "3b", "4b", "5b"]
     assert all("SECOND_MODEL=FILE.gguf" in line for line in left)
 
 
@@ -98,7 +99,7 @@ def test_without_its_file_the_parts_of_the_second_model_say_how_they_are_made(ca
     ("text", "given", "words"),
     [
         ("6", {}, "no part 6"),
-        ("1 4b", {}, "no part 4b"),
+        ("1 6b", {}, "no part 6b"),
         ("1b", {"SECOND_MODEL": "nowhere.gguf"}, "nowhere.gguf"),
     ],
 )
@@ -147,5 +148,5 @@ def test_quick_goes_through_the_commands_of_both_models(call):
     assert named[0] <= named[1]
     assert not [words for words in quick if SECOND in words or "--protocol" in words]
     outputs = {words[words.index("--output") + 1] for words in quick if "compare" in words[1]}
-    assert {"results_quick_second/latency", "results_quick_second/spaces"} <= outputs
+    assert {f"results_quick_second/{name}" for name in ("latency", "personas", "spaces")} <= outputs
     assert not [each for each in outputs if not each.startswith("results_quick")]
