@@ -432,7 +432,11 @@ def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path)
     for name, score in (("x_0.0", 10.0), ("x_1.0", 30.0)):
         made = Run.open(tmp_path / name, command="evaluate", config={"trait": "x"}, seed=0)
         made.write(
-            "answers", [{"row": at, "question_id": at, "question": f"{at}?"} for at in range(4)]
+            "answers",
+            [
+                {"row": at, "method": "none", "question_id": at, "question": f"{at}?"}
+                for at in range(4)
+            ],
         )
         made.write(
             "verdicts",
@@ -452,7 +456,7 @@ def test_runs_are_paired_by_folder_or_csv_whatever_dots_they_hold(run, tmp_path)
         assert status == 0, error
         told = next(line for line in out.splitlines() if "x_1.0" in line)
         assert "Judge: j (unfit for x)." in out
-        assert re.match(r"x_1\.0 31\.5 \[\S+ \S+\] 4 100% \+?20\.0", " ".join(told.split()))
+        assert re.match(r"x_1\.0 31\.5 \[\S+ \S+\] – 4 100% \+?20\.0", " ".join(told.split()))
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert (rows[1]["run"], float(rows[1]["trait"]), float(rows[1]["difference"])) == (
         "x_1.0", 31.5, 20.0,

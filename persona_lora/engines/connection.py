@@ -60,7 +60,7 @@ class Connection:
         try:
             choice, _ = await self.complete({**body, "prompt_logprobs": 0})
         except Fault as fault:
-            if passes(fault):
+            if passes(fault) and fault.status != 500:  # some answer so to token ids
                 raise
             return OPENAI
         return VLLM if choice.get("prompt_logprobs") is not None else OPENAI

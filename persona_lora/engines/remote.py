@@ -122,6 +122,8 @@ class Engine:
         if held.kind != self.kind:
             raise UserError(f"{server.url} is {MAKES[held.kind]} now, and was {MAKES[self.kind]}")
         if self.kind == OPENAI:
+            for each in self.handshakes:
+                held.name(each.coefficients)  # it holds no diffs
             other = OpenAIServer(server, held.model, held.owner, self.chat_model, self.tolerance)
             await other.shake_hands(self.places[::every])
             return other

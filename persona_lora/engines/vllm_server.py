@@ -181,7 +181,8 @@ class VLLMServer(Connection):
         bases = [ServedBasis.of_name(each) for each in names if each.startswith(BASIS)]
         if not (model := self.named or (names or [""])[0]):
             raise Fault("it serves no model", status=404)
-        kind, owner = await self.kind(model), str(cards[0].get("owned_by")) if cards else ""
+        kind = await self.kind(model)
+        owner = next((str(e.get("owned_by")) for e in cards if e.get("id") == model), "")
         return Holdings(model, bases[0] if bases and kind == VLLM else None, kind, owner)
 
     async def answer(

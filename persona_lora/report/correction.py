@@ -36,6 +36,7 @@ from persona_lora.report.two_way import SAME
 
 FEWEST_QUESTIONS = 3
 CONFIDENCE = 0.95
+OF_OTHERS = "directions of"  # other traits than the one that is judged, in a run's configuration
 
 # What rated answers call the kinds of conditions; a sign follows where there is a coefficient.
 UNSTEERED, FINETUNED = "unsteered", "finetuned"
@@ -59,8 +60,13 @@ def errors_of(run: Run, trait: str, *, by: str = "verdicts") -> Errors:
     """Return how far a run's judge misses the ratings of answers on a trait: none without any.
 
     They are of the run's own model where that was rated, else of all; ``by`` is the file of the
-    judge's verdicts.
+    judge's verdicts. None, too, of a run whose answers were steered otherwise than rated ones: with
+    a system prompt beside, on a condition, or by what was made of another trait.
     """
+    config, inputs = run.record["config"], run.record.get("inputs") or {}
+    beside = (config.get("condition") or {}).get("system_prompt")
+    if beside is not None or "the condition" in inputs or config.get(OF_OTHERS):
+        return Errors({})
     rows = run.read("second_validation" if by == SECOND else "validation")
     own = [row for row in rows if row["criterion"] == trait]
     rated = rated_answers(own, run.record["config"].get("model"))
@@ -78,8 +84,9 @@ def put_right(
     ``weights``: by how much each kind of condition stands in it (1 for a mean, 1 and −1 for one
     minus another). The ends move by the shift, and further out as variances of independent errors
     add up; what one question adds to the errors of several kinds is added first. ``scale`` is that
-    of a mean, which ends there. None where a kind was rated on fewer than three questions or, None,
-    is none that is rated; where there is no interval; and where the same kinds cancel.
+    of a mean, which ends there; one that would leave it shows that the judge errs otherwise here.
+    None then, where a kind was rated on fewer than three questions or, None, is none that is rated,
+    where there is no interval, and where the same kinds cancel.
     """
     parts = {kind: weight for kind, weight in weights.items() if abs(weight) > SAME}
     if found is None or found.mean is None or found.low is None or found.high is None or not parts:
@@ -98,8 +105,12 @@ def put_right(
     variance = sum(each**2 for each in added.values()) * least / (least - 1)
     reach = float(student.ppf((1 + CONFIDENCE) / 2, least - 1)) * math.sqrt(variance)
     below, above = (math.hypot(found.mean - end, reach) for end in (found.low, found.high))
-    ends = (found.mean + shift + step for step in (0.0, -below, above))
-    mean, low, high = ends if scale is None else (min(scale.high, max(scale.low, e)) for e in ends)
+    mean = found.mean + shift
+    low, high = mean - below, mean + above
+    if scale is not None:
+        if not scale.low <= mean <= scale.high:
+            return None
+        low, high = max(scale.low, low), min(scale.high, high)
     return replace(found, mean=mean, low=low, high=high)
 
 

@@ -101,6 +101,7 @@ class Bounds(NamedTuple):
 SCORES = Bounds(0.0, 100.0)  # the scale of a judge's scores
 FITS = Bounds(1.0, 5.0)  # of a persona judge's fits and of people's ratings
 SHARES = Bounds(0.0, 1.0)  # of right answers
+UNKNOWN_R = Bounds(-1.0, 1.0)
 
 
 def bootstrap_mean(
@@ -264,7 +265,7 @@ def correlation_bounds(r: float, resampled: Array, left_out: Array) -> Bounds:
     """
     known = resampled[np.isfinite(resampled)]
     if not len(known) or not np.isfinite([r, *left_out]).all():
-        return Bounds(-1.0, 1.0)
+        return UNKNOWN_R
     edge = 1 - 10**-_DIGITS  # beyond any that is told apart from 1
     z, z_left = (np.arctanh(np.clip(each, -edge, edge)) for each in (r, left_out))
     n = len(left_out)
@@ -279,12 +280,13 @@ def correlation_gap_bounds(
     """Return the 95% interval of r₁ − r₂ over the same units, from those of both (Zou 2007).
 
     Below it reaches √(a² + b² − 2cab), with a from r₁ to its lower and b from r₂ to its upper
-    bound, above likewise; c is the correlation of both jackknifes, 0 where one does not vary.
+    bound, above likewise; c is the correlation of both jackknifes, 0 where one does not vary. From
+    −2 to 2 where nothing is known of one of them, and over two units, whose c says nothing.
     """
-    first, second = left_out
-    known = np.isfinite(first) & np.isfinite(second)
-    varies = known.any() and min(np.ptp(each[known]) for each in left_out) > 10**-_DIGITS
-    c = float(np.corrcoef(first[known], second[known])[0, 1]) if varies else 0.0
+    if UNKNOWN_R in bounds or len(left_out[0]) < 3:
+        return Bounds(-2.0, 2.0)
+    varies = min(map(np.ptp, left_out)) > 10**-_DIGITS
+    c = float(np.corrcoef(*left_out)[0, 1]) if varies else 0.0
 
     def reach(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a + b * b - 2 * c * a * b))

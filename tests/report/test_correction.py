@@ -9,6 +9,7 @@ from scipy import stats
 from persona_lora.core.chat import Condition
 from persona_lora.core.runs import Run
 from persona_lora.report.correction import (
+    OF_OTHERS,
     Errors,
     errors_by_kind,
     errors_of,
@@ -57,16 +58,18 @@ def test_the_interval_covers_the_true_mean_where_the_judge_s_own_does_not(questi
     assert bare / trials < 0.92
 
 
-def test_the_mean_is_moved_by_the_mean_error_and_stays_on_the_scale():
+def test_the_mean_is_moved_by_the_mean_error_and_is_not_known_where_it_leaves_the_scale():
     raw = bootstrap_mean({1: [40.0], 2: [50.0, 60.0], 3: [45.0]}, scale=SCORES)
     errors = {"a": [-10.0, -20.0], "b": [-15.0], "c": [-15.0]}
     found = put_right(raw, Errors({"lora +": errors}), MEAN, SCORES)
     assert found.mean == pytest.approx(raw.mean - 15)
     assert found.low < found.mean < found.high
     assert found.mean - found.low == pytest.approx(raw.mean - raw.low)  # the errors do not vary
+    near = put_right(raw, Errors({"lora +": {key: [1 - raw.mean] for key in "abc"}}), MEAN, SCORES)
+    assert (near.mean, near.low) == (pytest.approx(1.0), 0.0)
     far = Errors({"lora +": {key: [-90.0] for key in "abc"}})
-    floored = put_right(raw, far, MEAN, SCORES)
-    assert (floored.mean, floored.low) == (0.0, 0.0)
+    assert put_right(raw, far, MEAN, SCORES) is None  # and not 0 [0, 0]
+    assert put_right(raw, far, MEAN).mean == pytest.approx(raw.mean - 90)  # a change has no ends
 
 
 def test_too_few_questions_give_no_correction():
@@ -204,6 +207,24 @@ def test_errors_of_a_run_are_of_its_trait_and_of_the_judge_that_is_asked_for(tmp
     run.write("second_validation", [rated(7.0)])
     assert errors_of(run, "evil", by=by) == Errors({"lora +": {"q": [shift]}}, ("m",))
     assert errors_of(run, "hallucination", by=by) == Errors({})
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "known"),
+    [
+        ({"condition": {"method": "lora", "system_prompt": None}}, {"the diff": "d"}, True),
+        ({"condition": {"method": "lora", "system_prompt": "pos"}}, {"the diff": "d"}, False),
+        ({"condition": {"method": "activation"}}, {"the condition": "c"}, False),
+        ({OF_OTHERS: ["kind"]}, {}, False),
+    ],
+)
+def test_what_was_steered_otherwise_than_rated_answers_is_not_corrected(
+    tmp_path, config, inputs, known
+):
+    run = Run.open(tmp_path / "run", command="evaluate", config=config, seed=0, inputs=inputs)
+    row = {"model": "m", "condition": "lora +1", "question": "q", "score": 50.0, "rating": 40.0}
+    run.write("validation", [{"criterion": "evil", "own": {"compared": [row]}}])
+    assert bool(errors_of(run, "evil").by_kind) is known
 
 
 # -- finetunes ---------------------------------------------------------------------------------

@@ -226,6 +226,13 @@ def test_what_two_correlations_share_is_no_doubt_of_their_difference():
     assert constant == pytest.approx((-0.5, 0.5))
 
 
+def test_a_difference_of_two_correlations_is_unknown_where_either_is_and_over_two_units():
+    bounds, left = Bounds(0.1, 0.8), np.array([0.4, 0.5, 0.7])
+    both = (left, np.array([0.1, np.nan, 0.2]))
+    assert correlation_gap_bounds((0.5, 0.2), (bounds, Bounds(-1, 1)), both) == (-2, 2)
+    assert correlation_gap_bounds((0.5, 0.2), (bounds, bounds), (left[:2], left[:2])) == (-2, 2)
+
+
 def test_a_difference_has_the_wider_one_of_two_intervals_at_either_end():
     values = np.random.default_rng(5).exponential(20, 15)
     found = bootstrap_mean({question: [float(each)] for question, each in enumerate(values)})

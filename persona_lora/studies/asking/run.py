@@ -42,6 +42,7 @@ from persona_lora.judges.verdicts import judge_answers
 from persona_lora.models.generation import Generated, RowPlan
 from persona_lora.models.loading import ChatModel
 from persona_lora.report import wording
+from persona_lora.report.correction import OF_OTHERS
 from persona_lora.report.resampling import SCORES, Interval, bootstrap_mean
 from persona_lora.report.scores import (
     SECOND,
@@ -383,12 +384,24 @@ def planned_evaluation(
         "mode": steering.mode if steering.terms else None,
         "condition": dataclasses.asdict(steering.condition()),
         "generation": dataclasses.asdict(options),
+        **directions_of_others(trait, [*steering.terms, *steering.vectors]),
     }
     earlier = {"the earlier turns": digest_of(list(before))} if before else {}
     neutral = NEUTRAL_INPUTS if steering.system_prompt == "neutral" else {}
     inputs = {**trait.inputs(), **steering.inputs(), **earlier, **neutral}
     design = Design.of("evaluate", {split: len(trait.questions[split])}, (), seeds)
     return Planned("evaluate", config, options.seed, inputs, design)
+
+
+def directions_of_others(
+    trait: Trait, directions: Iterable[LoRADiff | SteeringVector]
+) -> dict[str, list[str]]:
+    """Return what a run keeps of directions that are known to be of another trait than is judged.
+
+    How its judge misses ratings was measured under the trait's own.
+    """
+    others = sorted({each.trait for each in directions if each.trait} - {trait.name})
+    return {OF_OTHERS: others} if others else {}
 
 
 def check_csv(path: Path) -> Path:

@@ -154,7 +154,11 @@ def corrected_means(rows: Sequence[Row], run: Run) -> dict[str, dict[str, Interv
     found: dict[str, dict[str, Interval]] = {}
     for trait, by in trait_means(rows).items():
         for condition, mean in by.items():
-            kinds = {_kind(row["weights"], trait) for row in rows if row["condition"] == condition}
+            kinds = {
+                _kind(row["weights"], trait, run.record["config"]["directions"]["kind"])
+                for row in rows
+                if row["condition"] == condition
+            }
             kind = kinds.pop() if len(kinds) == 1 else None
             right, _ = of_condition(kind, mean, None, errors_of(run, trait))
             if right is not None:
@@ -162,11 +166,12 @@ def corrected_means(rows: Sequence[Row], run: Run) -> dict[str, dict[str, Interv
     return found
 
 
-def _kind(weights: Mapping[str, float] | None, trait: str) -> str | None:
+def _kind(weights: Mapping[str, float] | None, trait: str, directions: str) -> str | None:
     """Return what rated answers call a mix, asked about a trait; None where none is of it."""
     used = {name: weight for name, weight in (weights or {}).items() if weight}
     if used.keys() <= {trait}:
-        return kind_of(Condition("lora", used.get(trait, 0.0)))
+        method = {"lora": "lora", "vectors": "activation"}[directions]
+        return kind_of(Condition(method, used.get(trait, 0.0)))
     return None
 
 

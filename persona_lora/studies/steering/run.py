@@ -43,7 +43,12 @@ from persona_lora.report.scores import (
 from persona_lora.report.summary import SweepSummary, write_summary
 from persona_lora.steering.activations import Positions
 from persona_lora.steering.bank import Bank, Elsewhere, check_layers
-from persona_lora.studies.asking.run import answer_rows, open_planned, plan_rows
+from persona_lora.studies.asking.run import (
+    answer_rows,
+    directions_of_others,
+    open_planned,
+    plan_rows,
+)
 from persona_lora.studies.report_page import write_report
 from persona_lora.studies.steering.calibration import (
     Level,
@@ -230,6 +235,7 @@ def planned_sweep(
         **bank.record,
         **sweeping.record(),
         "generation": dataclasses.asdict(options),
+        **directions_of_others(trait, population.made),
     }
     inputs = {**trait.inputs(), **bank.inputs}
     if sweeping.divergence:

@@ -663,13 +663,20 @@ def mixes_of(result):
     return [each.coefficients for each in result.finalists.values()]
 
 
-def test_scores_without_steering_and_under_a_trait_s_own_diff_alone_are_corrected(tmp_path):
+@pytest.mark.parametrize(("kind", "by"), [("lora", 9), ("vectors", 4)])
+def test_scores_without_steering_and_under_a_trait_s_own_diff_alone_are_corrected(
+    tmp_path, kind, by
+):
     """What mixes several diffs is of no rated kind, and stays raw."""
     config = {"goal": {"targets": {"e": 80.0, "o": 20.0}}, "judge": "j", "second_judge": None}
+    config["directions"] = {"kind": kind}
     run = Run.open(tmp_path / "run", command="optimize", config=config, seed=0)
     compared = [
         {"model": "m", "condition": kind, "question": f"q{at}", "score": 50.0, "rating": 50.0 + by}
-        for kind, by in (("unsteered", 1.0), ("lora +1", 9.0), ("lora -1", -7.0))
+        for kind, by in (  # as rated
+            *(("unsteered", 1.0), ("lora +1", 9.0), ("lora -1", -7.0)),
+            *(("vector +1", 4.0), ("vector -1", -7.0)),
+        )
         for at in range(4)
     ]
     run.write("validation", [{"criterion": "e", "own": {"compared": compared}, "fit": True}])
@@ -684,5 +691,5 @@ def test_scores_without_steering_and_under_a_trait_s_own_diff_alone_are_correcte
     found = corrected_means(rows, run)
     assert found.keys() == {"e"}  # the other trait has no rated answers
     shift = {name: each.mean - 43.5 for name, each in found["e"].items()}
-    expected = {"none": 1, "own": 9, "down": -7}
+    expected = {"none": 1, "own": by, "down": -7}
     assert shift == {name: pytest.approx(by) for name, by in expected.items()}
