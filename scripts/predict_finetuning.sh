@@ -15,13 +15,12 @@ bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 traits=${TRAITS:-sycophancy hallucination evil}
 judged=${JUDGED:-} made=${MADE:-checkpoints/seeds} out=${OUT:-results/prediction}
+[[ "$*" =~ ^(--doses)?\ ?(--quick)?$ ]] || { echo "error: $*: pass --quick, --doses, --doses --quick or nothing" >&2 && exit 2; }
 case ${1:-} in
     --doses) # its differences are trained for fewer steps
         traits=${TRAITS:-narrative_mode intimacy formality hallucination}
         judged=${JUDGED:-narrative_mode intimacy}
         made=${MADE:-checkpoints/doses} out=${OUT:-results/prediction_doses} ;;
-    --quick | "") ;;
-    *) echo "error: $1: pass --quick, --doses, --doses --quick or nothing" >&2 && exit 2 ;;
 esac
 quick="" kind=${1:-}
 [[ " $* " != *" --quick "* ]] || quick=1

@@ -5,7 +5,7 @@
 #                                      ask them of the second model (into results and results_second)
 # SECOND_MODEL=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf  where its makers' file lies; without it 1b to 5b are left out
 # bash scripts/reproduce.sh --quick    all of it in minutes, with ready diffs, vectors of eight pairs and few
-#                                      questions, into results_quick: does it run? Its numbers mean nothing. The
+#                                      questions, into results_quick (delete one of another version): does it run? The
 #                                      packaged model stands for the second. ROUNDS=5 BATCHES=1,8,32 with
 #                                      --quick 3: times as in full, of the ready diff (3 alone: of a rank of 32).
 set -euo pipefail
@@ -49,6 +49,7 @@ while IFS=: read -r part what long brief; do
     [[ $part != *b || -n $second ]] || long="" what+=": left out; give SECOND_MODEL=FILE.gguf (docs/results.md says which)"
     echo "part $part: $what${long:+, about $long}"
 done <<<"$plan"
+if [ -z "$second" ] && ! asked 1 2 3 4 5; then echo "error: nothing is left to do without SECOND_MODEL=FILE.gguf" >&2 && exit 2; fi
 if [ -n "${quick[*]}" ] && asked 2 3 3b 5 5b; then bash scripts/quick_vectors.sh evil sycophancy hallucination; fi
 
 # 2. Do weight projections predict what a finetune does? And can it be prevented?

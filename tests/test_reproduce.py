@@ -101,6 +101,7 @@ def test_without_its_file_the_parts_of_the_second_model_say_how_they_are_made(ca
         ("6", {}, "no part 6"),
         ("1 6b", {}, "no part 6b"),
         ("1b", {"SECOND_MODEL": "nowhere.gguf"}, "nowhere.gguf"),
+        ("1b 4b", {}, "nothing is left to do without SECOND_MODEL"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_done(call, text, given, words):
