@@ -15,6 +15,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from persona_lora.core.chat import COHERENCE, Exchange
@@ -117,7 +118,9 @@ def _rows(path: Path, **of_all: str) -> list[RatedAnswer]:
     return rows
 
 
-def _parsed(row: dict[str, Any], where: str, of_all: Mapping[str, str]) -> RatedAnswer:
+def _parsed(
+    row: dict[str, Any], where: str, of_all: Mapping[str, str] = MappingProxyType({})
+) -> RatedAnswer:
     keys = KEYS - set(of_all)
     if set(row) != keys:
         lacking, strange = sorted(keys - set(row)), sorted(set(row) - keys)
