@@ -18,15 +18,9 @@ from persona_lora.models.loading import ChatModel
 from tests.conftest import random_diff, tiny_llama
 from tests.engines.stand_in import DOWN, OtherMake, StandIn, served
 
+pytestmark = pytest.mark.usefixtures("quick")
 OPTIONS = GenerationOptions(max_new_tokens=6)
 ASKED = [[{"role": "user", "content": f"Question {number}?"}] for number in range(5)]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setattr(remote, "IN_FLIGHT", 2)
 
 
 @pytest.fixture

@@ -28,14 +28,8 @@ from persona_lora.studies.personas.objective import Speaker
 from tests.conftest import random_diff, tiny_llama
 from tests.engines.stand_in import DOWN, StandIn, dies_after, is_row, served
 
+pytestmark = pytest.mark.usefixtures("quick")
 OPTIONS = GenerationOptions(max_new_tokens=6)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setattr(remote, "IN_FLIGHT", 2)
 
 
 @pytest.fixture

@@ -238,6 +238,8 @@ def test_prevention_names_what_is_clearly_lower(write, tmp_path):
         )
         for item, value in enumerate(mean + rng.normal(size=14))
     ]
+    for model in ("plain", "weights1", "ablated"):
+        write(f"prevention/evil/answers/{model}", {"model": "m"})
     write("prevention/evil", {"trait": "evil"}, measures=rows)
     _, page = answer(tmp_path)
     assert "interval and corrected p:\nweights1." in page

@@ -13,10 +13,10 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 
 from persona_lora.core.chat import COHERENCE
 from persona_lora.core.errors import UserError
-from persona_lora.core.runs import RECORD, Run
+from persona_lora.core.runs import Run
 from persona_lora.report import wording
 from persona_lora.report.comparisons import PROBE, TaskScore, score_items
-from persona_lora.report.correction import Errors, errors_of, kind_of_model, less, put_right
+from persona_lora.report.correction import errors_of, kind_of_model, less, put_right
 from persona_lora.report.resampling import SCORES, rank_correlation, share_of_orders
 from persona_lora.report.scores import Row, grouped
 from persona_lora.report.sections import Table
@@ -120,14 +120,11 @@ def prevention_scores(run: Run, rows: Sequence[Row], reference: str) -> list[Tas
     judges = {"trait": judges_behind(run, trait), COHERENCE: judges_behind(run, COHERENCE)}
     labels = {row["condition"]: f"{row['condition']} {row.get('seed', '')}".strip() for row in rows}
     answers = {name: Run(run.folder / "answers" / label) for name, label in labels.items()}
-    there = all((own.folder / RECORD).is_file() for own in answers.values())
-    kinds: dict[str, dict[str | None, float]] = {
+    kinds = {
         name: {kind_of_model(own, finetuned=bool(own.record["config"].get("adapter"))): 1.0}
-        if there
-        else {None: 1.0}
         for name, own in answers.items()
     }
-    errors = errors_of(answers[reference], trait) if there else Errors({})
+    errors = errors_of(answers[reference], trait)
     found = []
     for each in score_items(rows, reference):
         if each.task == "trait":
